@@ -1,0 +1,1 @@
+"""A JAX-native reinforcement-learning trainer for language models on problems with checkable answers."""

@@ -1,0 +1,191 @@
+"""From a config to the parts of a run: mesh, tokenizer, problems, model, optimizer, weights.
+
+Built in the order of what can go wrong cheaply: whatever a wrong setting can break is refused before the first weight
+is read. Every refusal is a ValueError of one line.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dgpo_jax.config import Config, DataConfig
+from dgpo_jax.data.problems import ProblemStream, load_problems
+from dgpo_jax.data.prompts import Template, fit_prompts
+from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
+from dgpo_jax.models import Model
+from dgpo_jax.models.hf import config_from_folder, load_parameters
+from dgpo_jax.models.parameters import abstract_parameters, decays, parameter_shardings
+from dgpo_jax.rl.losses import resolve_settings
+from dgpo_jax.rl.optimizer import make_optimizer
+from dgpo_jax.rl.update import LossSettings, Programs, Shardings, make_programs
+from dgpo_jax.sharding import DECODE_RULES, make_mesh, sharding_for
+from dgpo_jax.types import Problem, Prompts, Rollout, TrainBatch, TrainState
+
+
+class Parts(NamedTuple):
+    """What a run is made of, the weights apart."""
+
+    mesh: Mesh
+    tokenizer: Tokenizer
+    template: Template
+    stream: ProblemStream  # training problems in their shuffled order
+    held_out: Sequence[Problem]  # empty = no evaluation
+    dropped: int  # training problems left out because their prompts are too long
+    model: Model
+    optimizer: optax.GradientTransformation
+    shardings: Shardings
+
+    @property
+    def replicas(self) -> int:
+        """Groups of devices that split the rows of a batch among them."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+
+def build_parts(config: Config) -> Parts:
+    """Everything but the weights.
+
+    Raises:
+        ValueError: devices, tokenizer, problems or model do not fit the config or each other.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_rows(config, mesh)
+    model_config = config.model
+    if model_config.path:
+        model_config = replace(model_config, **config_from_folder(model_config.path))
+    model = Model(model_config, mesh)
+    tokenizer = build_tokenizer(config)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise ValueError(
+            f"model.vocab_size is {model_config.vocab_size}, but tokenizer {tokenizer.name!r} has {tokenizer.vocab_size}"
+            " tokens; raise it, or name the model's own tokenizer in data.tokenizer."
+        )
+    template = Template(config.data.template, config.data.system, config.data.instruction)
+    stream, held_out, dropped = build_problems(config, tokenizer, template)
+    optimizer = make_optimizer(config.optimizer, decays(model_config))
+    shardings = build_shardings(model, optimizer)
+    return Parts(mesh, tokenizer, template, stream, held_out, dropped, model, optimizer, shardings)
+
+
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Refuses sizes that the replicas of the mesh cannot share evenly."""
+    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
+    if config.rollout.prompts % replicas:
+        raise ValueError(
+            f"rollout.prompts is {config.rollout.prompts}, but mesh.data * mesh.fsdp = {replicas} replicas share the"
+            f" prompts evenly; make it a multiple of {replicas}, or use fewer devices."
+        )
+
+
+def build_tokenizer(config: Config) -> Tokenizer:
+    """The tokenizer that data.tokenizer names, or else the model's own."""
+    name = config.data.tokenizer or config.model.path
+    if not name:
+        raise ValueError("data.tokenizer is empty and so is model.path; name a folder, or builtin:words.")
+    return load_tokenizer(name)
+
+
+def build_problems(config: Config, tokenizer: Tokenizer, template: Template):
+    """(ProblemStream to train on, held-out problems, number of training problems dropped as too long)."""
+    data, limit = config.data, config.rollout.max_prompt
+
+    def fitting(source: str) -> tuple[Sequence[Problem], int]:
+        return fit_prompts(load(data, source, config.seed), tokenizer, template, limit, data.too_long)
+
+    problems, dropped = fitting(data.train)
+    held_out: Sequence[Problem] = []
+    if data.held_out:
+        held_out = fit_prompts(
+            load(data, data.held_out, config.seed)[: config.eval.problems], tokenizer, template, limit, data.too_long
+        )[0]
+    return ProblemStream(problems, config.seed), held_out, dropped
+
+
+def load(data: DataConfig, source: str, seed: int) -> Sequence[Problem]:
+    """The problems of one source, with the settings of `data`."""
+    return load_problems(
+        source, size=data.size, seed=seed, low=data.low, high=data.high, operations=data.operations,
+        problem_field=data.problem_field, answer_field=data.answer_field,
+        data_dir=data.data_dir or None, manual_dir=data.manual_dir or None,
+    )  # fmt: skip
+
+
+def build_shardings(model: Model, optimizer: optax.GradientTransformation) -> Shardings:
+    """Where state, batches and scalars live: moments like their parameters, rows over data and fsdp."""
+    params = parameter_shardings(model.config, model.mesh)
+    replicated = NamedSharding(model.mesh, PartitionSpec())
+    moments = jax.eval_shape(optimizer.init, abstract_parameters(model.config))
+    opt_state = optax.tree_map_params(
+        optimizer, lambda _, sharding: sharding, moments, params, transform_non_params=lambda _: replicated
+    )
+    rows = sharding_for(model.mesh, ("batch", "tokens"))
+    return Shardings(TrainState(replicated, params, opt_state), TrainBatch(*[rows] * len(TrainBatch._fields)), replicated)
+
+
+def abstract_state(parts: Parts) -> TrainState:
+    """Shape, dtype and sharding of every array of the state, for restoring a checkpoint."""
+    params = abstract_parameters(parts.model.config, parts.mesh)
+    shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(parts.optimizer.init, params))
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes, parts.shardings.state,
+    )  # fmt: skip
+
+
+def build_state(config: Config, parts: Parts) -> TrainState:
+    """The state before the first update: weights from model.path or at random, moments 0.
+
+    Raises:
+        ValueError: the folder's tensors are not those of the model.
+    """
+    if config.model.path:
+        params = load_parameters(config.model.path, parts.model.config, parts.mesh)
+    else:
+        params = parts.model.init(jax.random.key(config.seed))
+    return fresh_state(parts, params)
+
+
+def fresh_state(parts: Parts, params) -> TrainState:
+    """These weights with an optimizer that has seen nothing."""
+
+    def start():
+        return TrainState(
+            jnp.int32(0), None, parts.optimizer.init(jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes))
+        )
+
+    shapes = abstract_parameters(parts.model.config)
+    state = jax.jit(start, out_shardings=parts.shardings.state._replace(params=None))()
+    return state._replace(params=params)
+
+
+def build_programs(config: Config, parts: Parts) -> Programs:
+    """The programs of a policy update."""
+    settings = {name: getattr(config.loss, name) for name in resolve_settings(config.loss.method)}
+    loss = LossSettings(
+        config.loss.method, resolve_settings(config.loss.method, **settings), config.rollout.temperature,
+        config.update.logprob_chunk,
+    )  # fmt: skip
+    return make_programs(parts.model, parts.optimizer, loss, parts.shardings)
+
+
+def make_decode_params(parts: Parts):
+    """Returns the jitted function params -> weights cast and laid out for decoding: whole on every replica."""
+    return jax.jit(
+        parts.model.cast, out_shardings=parameter_shardings(parts.model.config, parts.mesh, DECODE_RULES)
+    )
+
+
+def prompt_shardings(parts: Parts) -> Prompts:
+    """Prompts are split over the replicas."""
+    rows = sharding_for(parts.mesh, ("batch", "slots"))
+    return Prompts(rows, rows)
+
+
+def rollout_shardings(parts: Parts) -> Rollout:
+    """So are responses."""
+    rows = sharding_for(parts.mesh, ("batch", "slots"))
+    return Rollout(rows, rows, rows, truncated=sharding_for(parts.mesh, ("batch",)))

@@ -1,0 +1,406 @@
+"""Every setting of a run: its type, its meaning, its default, and the rules it must obey.
+
+The comment behind a field is its `--help` text. Defaults live here only; `configs/*.py` change some of them and the
+command line changes the rest:
+
+    python -m dgpo_jax.train --config=configs/smoke.py --config.loss.method=grpo --config.seed=1
+
+A setting that breaks a rule is refused while the command line is read, before any memory is spent. Rules that need
+the devices (does the mesh fit?) or the weights (do the tensors fit?) are checked where these become known, with the
+same kind of message: the value, the rule, the fix.
+"""
+
+import hashlib
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+
+def require(condition: bool, name: str, value, rule: str, fix: str) -> None:
+    """Raises ValueError with the setting, its value, the rule it breaks, and what to do."""
+    if not condition:
+        raise ValueError(f"{name} is {value!r}, but {rule}; {fix}.")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: Qwen2 and its relatives."""
+
+    path: str = ""  # Hugging Face folder or hub name to start from; '' = random weights of the sizes below. A folder's own config.json wins over these sizes
+    vocab_size: int = 256  # V, rows of the embedding table
+    layers: int = 4  # L
+    width: int = 128  # D, of the residual stream
+    heads: int = 4  # query heads
+    key_heads: int = 2  # K, key and value heads, each shared by heads / key_heads query heads
+    head_width: int = 32  # H
+    mlp_width: int = 512  # F
+    qkv_bias: bool = True  # Qwen2 has biases on query, key and value; Qwen3 and Llama do not
+    qk_norm: bool = False  # Qwen3 normalises queries and keys per head
+    tied_embeddings: bool = True  # the output matrix is the embedding table
+    rope_theta: float = 10000.0  # base of the rotary embedding's wavelengths
+    rope_scaling: Literal["none", "yarn"] = "none"  # how positions beyond the trained length are handled
+    rope_factor: float = 1.0  # YaRN: trained length times this is the new length
+    rope_original_length: int = 32768  # YaRN: trained length, in tokens
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
+    initializer_std: float = 0.02  # of random weights
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto = bfloat16 on accelerators, float32 on CPU. Master weights are float32 always
+    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again: nothing, all but matrix products, or everything
+    attention: Literal["auto", "plain", "chunked"] = "auto"  # plain holds the whole score matrix, chunked a block of query rows at a time
+    attention_chunk: int = 512  # query rows in a block, for chunked
+
+    def __post_init__(self):
+        for name in ("vocab_size", "layers", "width", "heads", "key_heads", "head_width", "mlp_width", "attention_chunk"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a size is positive", "give at least 1")
+        require(
+            self.heads % self.key_heads == 0, "model.heads", self.heads,
+            f"key heads are shared evenly and there are {self.key_heads}", "make it a multiple of model.key_heads",
+        )  # fmt: skip
+        require(self.head_width % 2 == 0, "model.head_width", self.head_width, "rotary embedding turns pairs", "make it even")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are laid out; one of the axes may be -1 and takes what is left."""
+
+    data: int = -1  # replicas that hold their own copy of the weights
+    fsdp: int = 1  # devices that weights, moments and rows are split over
+    tensor: int = 1  # devices that heads, feed-forward width and vocabulary are split over; at most key_heads
+
+    def __post_init__(self):
+        sizes = (self.data, self.fsdp, self.tensor)
+        require(all(size == -1 or size > 0 for size in sizes), "mesh", sizes, "an axis is positive, or -1 for the rest", "change it")
+        require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis can take what is left", "give the others a size")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where problems come from and how they become prompts."""
+
+    train: str = "generated:arithmetic/train"  # problems to learn from: generated:KIND/SPLIT, a .jsonl file, or tfds:NAME/SPLIT
+    held_out: str = "generated:arithmetic/test"  # problems to evaluate on, never trained on; '' = no evaluation
+    size: int = 10_000  # problems in a generated set
+    low: int | None = None  # smallest number in a generated problem; None = the kind's own
+    high: int | None = None  # largest number in a generated problem; None = the kind's own
+    operations: str = ""  # of generated problems, such as 'add,subtract'; '' = all that the kind has
+    data_dir: str = ""  # where built TFDS sets are kept; '' = TFDS's own default
+    manual_dir: str = ""  # where files for TFDS were put by hand, on machines without a network
+    problem_field: str = "problem"  # JSONL field with the question
+    answer_field: str = "answer"  # JSONL field with the answer
+    tokenizer: str = ""  # folder or hub name; '' = the model's own; builtin:words = ours, for the generated arithmetic
+    template: str = "chat"  # chat = the tokenizer's chat template; plain = the problem and a newline; or a text with {problem}
+    system: str = ""  # system message of the chat template; '' = the template's own default
+    instruction: str = ""  # appended to every problem, such as 'Put your final answer in \\boxed{}.'
+    too_long: Literal["error", "drop"] = "error"  # what to do with a prompt of more than rollout.max_prompt tokens
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    prompts: int = 32  # Q, prompts per iteration
+    group_size: int = 8  # G, responses per prompt
+    max_prompt: int = 64  # P, tokens
+    max_response: int = 32  # R, tokens, the stop token included
+    temperature: float = 1.0  # logits are divided by it, in sampler and trainer alike
+    top_p: float = 1.0  # sample from the smallest set of tokens with this much probability; 1 = off
+    top_k: int = 0  # sample from the k likeliest tokens; 0 = off
+
+    def __post_init__(self):
+        for name in ("prompts", "max_prompt", "max_response"):
+            require(getattr(self, name) > 0, f"rollout.{name}", getattr(self, name), "it counts something", "give at least 1")
+        require(
+            self.group_size >= 2, "rollout.group_size", self.group_size,
+            "an advantage compares a response with others of its group", "give at least 2",
+        )  # fmt: skip
+        require(self.temperature > 0, "rollout.temperature", self.temperature, "training samples at random", "give more than 0")
+        require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "it is a share of probability", "give more than 0, at most 1")
+        require(self.top_k >= 0, "rollout.top_k", self.top_k, "it counts tokens", "give 0 for off")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """How answers are checked."""
+
+    extract: Literal["boxed", "marked", "last"] = "boxed"  # boxed = last \\boxed{}; marked = also '#### ' and 'answer is'; last = else the last number
+    correct: float = 1.0  # reward of a right answer
+    incorrect: float = 0.0  # reward of anything else
+    workers: int = 2  # processes that check answers
+    deadline_s: float = 5.0  # seconds for one answer, after which its worker is killed
+    memory_mb: int = 2048  # memory of one worker
+
+    def __post_init__(self):
+        require(self.correct > self.incorrect, "reward.correct", self.correct, f"it must beat reward.incorrect = {self.incorrect}", "raise it")
+        require(self.workers > 0, "reward.workers", self.workers, "somebody must check answers", "give at least 1")
+        require(self.deadline_s > 0, "reward.deadline_s", self.deadline_s, "it is a time in seconds", "give more than 0")
+        require(self.memory_mb >= 256, "reward.memory_mb", self.memory_mb, "SymPy alone needs about 100", "give at least 256")
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The policy loss; a setting left at None takes the method's published value."""
+
+    method: Literal["dgpo", "grpo", "reinforce"] = "dgpo"  # dgpo = soft clipping of the probability gradient (arXiv 2603.14389); grpo = hard clipping; reinforce = none
+    clip_low: float = 0.2  # the ratio's trust region starts at 1 - clip_low
+    clip_high: float = 0.28  # and ends at 1 + clip_high
+    n: float | None = None  # dgpo: how fast weights decay below the region; None = 1
+    m: float | None = None  # dgpo: how slowly weights decay above it; None = 2
+    dual_clip: float | None = None  # with a negative advantage, ratios above this get no gradient; None = off, as in the DGPO code
+    std_floor: float = 1e-6  # added to a group's standard deviation of rewards
+
+    def __post_init__(self):
+        require(0 <= self.clip_low < 1, "loss.clip_low", self.clip_low, "the region starts at 1 - clip_low > 0", "give 0 to 1")
+        require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "the region ends at or above 1", "give 0 or more")
+        require(self.m is None or self.m >= 1, "loss.m", self.m, "the exponent 1 / m is at most 1", "give 1 or more")
+        require(self.n is None or self.n >= -1, "loss.n", self.n, "below -1 the weight grows as the ratio vanishes", "give -1 or more")
+        require(
+            self.dual_clip is None or self.dual_clip > 1 + self.clip_high, "loss.dual_clip", self.dual_clip,
+            "it lies above the region", "raise it above 1 + clip_high, or None",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class UpdateConfig:
+    """How a rollout becomes optimizer steps."""
+
+    updates: int = 4  # optimizer steps per iteration, each on its own share of the groups; with 1 every method is the same
+    tokens_per_row: int = 1024  # T, length of a packed row; at least max_prompt + max_response
+    tokens_per_device: int = 2048  # in one microbatch, a multiple of tokens_per_row; more is faster until memory is full
+    logprob_chunk: int = 512  # tokens of a row whose vocabulary logits are held at once
+    old_logprobs: Literal["trainer", "sampler"] = "trainer"  # trainer = one more forward pass, the first ratio is exactly 1; sampler = the rollout's own
+
+    def __post_init__(self):
+        for name in ("updates", "tokens_per_row", "logprob_chunk"):
+            require(getattr(self, name) > 0, f"update.{name}", getattr(self, name), "it counts something", "give at least 1")
+        require(
+            self.tokens_per_device > 0 and self.tokens_per_device % self.tokens_per_row == 0,
+            "update.tokens_per_device", self.tokens_per_device,
+            f"a microbatch is whole rows of {self.tokens_per_row} tokens", "make it a multiple of update.tokens_per_row",
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up and gradient clipping."""
+
+    learning_rate: float = 1e-6  # after warm-up
+    warmup_iterations: int = 10  # iterations over which the learning rate rises from 0; all updates of one share its rate
+    beta1: float = 0.9  # decay of the first moment, per update
+    beta2: float = 0.999  # decay of the second moment, per update
+    eps: float = 1e-8  # added to the square root of the second moment
+    weight_decay: float = 0.1  # per update, times the learning rate
+    decay: Literal["matrices", "all"] = "matrices"  # which parameters decay: matrices = not norms and biases
+    clip_norm: float = 1.0  # gradients of a larger global norm are scaled down to it
+    max_skipped: int = 10  # updates in a row that may be skipped for a non-finite gradient before the run stops
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "it scales a step", "give more than 0")
+        require(self.warmup_iterations >= 0, "optimizer.warmup_iterations", self.warmup_iterations, "it counts iterations", "give 0 for none")
+        for name in ("beta1", "beta2"):
+            require(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "a decay is in [0, 1)", "change it")
+        for name in ("eps", "clip_norm"):
+            require(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "it is a positive amount", "give more than 0")
+        require(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "it shrinks weights", "give 0 for none")
+        require(self.max_skipped > 0, "optimizer.max_skipped", self.max_skipped, "it counts updates", "give at least 1")
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """Supervised warm start on worked solutions, before the first iteration."""
+
+    updates: int = 0  # optimizer steps; 0 = no warm start
+    data: str = ""  # problems with solutions; '' = data.train
+    examples: int = 64  # problems per update
+    learning_rate: float = 1e-3  # after warm-up, then falling to a tenth along a cosine
+    warmup_updates: int = 10  # updates over which the learning rate rises from 0
+    log_every: int = 20  # updates
+    checkpoint_every: int = 500  # updates
+
+    def __post_init__(self):
+        require(self.updates >= 0, "sft.updates", self.updates, "it counts updates", "give 0 for none")
+        for name in ("examples", "log_every", "checkpoint_every"):
+            require(getattr(self, name) > 0, f"sft.{name}", getattr(self, name), "it counts something", "give at least 1")
+        require(self.learning_rate > 0, "sft.learning_rate", self.learning_rate, "it scales a step", "give more than 0")
+        require(self.warmup_updates >= 0, "sft.warmup_updates", self.warmup_updates, "it counts updates", "give 0 for none")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: before the first iteration, every so many, and after the last."""
+
+    every: int = 10  # iterations; 0 = only before the first and after the last
+    problems: int = 128  # held-out problems, the first of data.held_out
+    samples: int = 8  # k of avg@k, sampled at the temperature below; 0 = greedy only
+    temperature: float = 1.0  # of those samples
+
+    def __post_init__(self):
+        require(self.every >= 0, "eval.every", self.every, "it counts iterations", "give 0 for the first and last only")
+        require(self.problems > 0, "eval.problems", self.problems, "it counts problems", "give at least 1, or data.held_out=''")
+        require(self.samples >= 0, "eval.samples", self.samples, "it counts responses", "give 0 for greedy only")
+        require(self.temperature > 0, "eval.temperature", self.temperature, "these are samples; greedy is reported anyway", "give more than 0")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """What is kept for a restart."""
+
+    every: int = 10  # iterations; the last one is always saved
+    keep: int = 2  # newest checkpoints kept
+
+    def __post_init__(self):
+        require(self.every > 0, "checkpoint.every", self.every, "it counts iterations", "give at least 1")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "a restart needs one", "give at least 1")
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    name: str = "run"  # in the name of the default workdir
+    seed: int = 0  # of weights, data order and sampling
+    iterations: int = 100  # each is one rollout and the updates made from it
+    model: ModelConfig = field(default_factory=ModelConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    update: UpdateConfig = field(default_factory=UpdateConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self):
+        require(self.iterations >= 0, "iterations", self.iterations, "it counts iterations", "give 0 for the warm start only")
+        require(0 <= self.seed < 2**31, "seed", self.seed, "random keys take 31 bits", "give 0 to 2147483647")
+        longest = self.rollout.max_prompt + self.rollout.max_response
+        require(
+            self.update.tokens_per_row >= longest, "update.tokens_per_row", self.update.tokens_per_row,
+            f"a prompt and its response can be {longest} tokens and are never split", f"give at least {longest}",
+        )  # fmt: skip
+        require(
+            self.rollout.prompts % self.update.updates == 0, "update.updates", self.update.updates,
+            f"each update takes an equal share of the {self.rollout.prompts} groups", "make it a divisor of rollout.prompts",
+        )  # fmt: skip
+
+
+# Settings that change how a run is carried out, not what it computes: a checkpoint goes on under another value.
+MAY_CHANGE = ("iterations", "mesh", "checkpoint", "reward.workers", "reward.deadline_s", "reward.memory_mb", "eval.every")
+
+
+def flatten(config: Config) -> dict:
+    """Settings by dotted name, as on the command line: {'loss.clip_low': 0.2, ...}."""
+    flat = {}
+    for name, value in asdict(config).items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": leaf for inner, leaf in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def fixed_settings(config: Config) -> dict:
+    """The settings that may not change when a run goes on, by dotted name."""
+    return {name: value for name, value in flatten(config).items() if not _may_change(name)}
+
+
+def _may_change(name: str) -> bool:
+    return name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE
+
+
+def default_workdir(config: Config) -> Path:
+    """runs/NAME-HASH: the same settings find their run again, others start their own."""
+    settings = json.dumps(fixed_settings(config), sort_keys=True)
+    return Path("runs") / f"{config.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
+
+
+def load(arguments: Sequence[str]) -> Config:
+    """Reads `--config=FILE` and the overrides behind it.
+
+    Args:
+        arguments: as on the command line, such as ["--config=configs/smoke.py", "--config.seed=1"].
+    Raises:
+        SystemExit: the file or a setting is wrong; the reason was printed to stderr.
+    """
+    return parse_command(arguments, program="dgpo_jax.config", description="")[0]
+
+
+def parse_command(arguments: Sequence[str], *, program: str, description: str) -> tuple[Config, Path]:
+    """Reads a whole command line: `--config=FILE [--workdir=DIR] [--config.a.b=value ...]`.
+
+    Returns:
+        The config and the workdir (the default one if none was given).
+    Raises:
+        SystemExit: with code 2 after a message for a bad setting, with 0 after `--help`.
+    """
+    import tyro  # here, so that the workers and the tests that need no command line start faster
+
+    path, rest = _split_config_path(list(arguments))
+    if path is None and not {"-h", "--help"} & set(rest):
+        _refuse(f"no --config given; try: python -m {program} --config=configs/smoke.py")
+
+    @dataclass(frozen=True)
+    class Command:
+        config: Config
+        workdir: str = ""  # where everything is written; '' = runs/NAME-HASH, found again by the same settings
+
+    command = tyro.cli(
+        Command,
+        args=rest,
+        default=Command(config=_run_config_file(path) if path else Config()),
+        prog=f"python -m {program} --config=FILE",
+        description=description,
+        config=(tyro.conf.FlagConversionOff,),
+    )
+    workdir = Path(command.workdir) if command.workdir else default_workdir(command.config)
+    return command.config, workdir
+
+
+def _split_config_path(arguments: list[str]) -> tuple[str | None, list[str]]:
+    path, rest = None, []
+    while arguments:
+        argument = arguments.pop(0)
+        if argument == "--config" and arguments:
+            path = arguments.pop(0)
+        elif argument.startswith("--config="):
+            path = argument.removeprefix("--config=")
+        else:
+            rest.append(argument)
+    return path, rest
+
+
+def _run_config_file(path: str) -> Config:
+    if not Path(path).is_file():
+        near = ", ".join(sorted(str(file) for file in Path("configs").glob("*.py"))) or "none in ./configs"
+        _refuse(f"--config is {path!r}, but there is no such file; choose one of: {near}")
+    spec = importlib.util.spec_from_file_location("dgpo_jax_config_file", path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except (ValueError, TypeError, AttributeError, SyntaxError, ImportError) as error:
+        _refuse(f"{path}: {error}")
+    if not isinstance(config, Config):
+        _refuse(f"{path}: get_config() returned {type(config).__name__}; return a dgpo_jax.config.Config")
+    return config
+
+
+def _refuse(message: str):
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def to_json(config: Config) -> str:
+    """The resolved config, for workdir/config.json."""
+    return json.dumps(asdict(config), indent=2) + "\n"
+
+
+__all__ = [
+    "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LossConfig", "MeshConfig", "ModelConfig",
+    "OptimizerConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "default_workdir",
+    "fixed_settings", "flatten", "load", "parse_command", "replace", "to_json",
+]  # fmt: skip

@@ -1,0 +1,1 @@
+"""Problems, prompts and tokenizers: host code that never imports jax, flax or tensorflow."""

@@ -1,0 +1,69 @@
+"""Held-out accuracy of the weights as they are: greedy, and the average over k samples."""
+
+from collections import Counter
+from collections.abc import Callable
+
+import numpy as np
+
+from dgpo_jax.build import Parts
+from dgpo_jax.config import Config
+from dgpo_jax.rl.sampler import EVALUATION, Draw
+from dgpo_jax.rollout import build_sampling, make_rollout, to_rows
+from dgpo_jax.types import STATUSES, Problem
+
+
+def make_evaluation(config: Config, parts: Parts, pool) -> Callable[..., tuple[dict, list[dict]]]:
+    """Returns the function (decode params, progress) -> (metrics, rows of responses).
+
+    Metrics: `eval/greedy` and, with k = eval.samples, `eval/avg@k`: the share of right answers, over all held-out
+    problems. The samples' keys depend on the seed only, so that evaluations differ in their weights and in nothing
+    else. Empty without held-out problems.
+    """
+    rounds = {"eval/greedy": build_sampling(parts, config.rollout, group_size=1, temperature=0.0)}
+    if config.eval.samples:
+        rounds[f"eval/avg@{config.eval.samples}"] = build_sampling(
+            parts, config.rollout, group_size=config.eval.samples, temperature=config.eval.temperature
+        )
+    rollouts = {name: make_rollout(parts, sampling, config.rollout.max_prompt) for name, sampling in rounds.items()}
+    size = batch_size(config, parts)
+
+    def evaluate(params, progress=lambda: None):
+        metrics, rows = {}, []
+        for name, rollout in rollouts.items():
+            correct, total, lengths = 0, 0, []
+            for first in range(0, len(parts.held_out), size):
+                problems = parts.held_out[first : first + size]
+                draw = Draw(config.seed, EVALUATION, 0, first)
+                responses = rollout(params, pad_problems(problems, size), draw)
+                real = len(problems) * responses.group_size  # the rest repeats the last problem to fill the batch
+                verdicts = pool.score(responses.answers()[:real])
+                correct += sum(verdict.correct for verdict in verdicts)
+                total += real
+                lengths.extend(responses.lengths[:real])
+                rewards = np.array([verdict.correct for verdict in verdicts] + [0] * (len(responses.texts) - real))
+                padded = [*verdicts, *verdicts[-1:] * (len(responses.texts) - real)]
+                rows += [{"round": name} | row for row in to_rows(responses, padded, rewards)[:real]]
+                progress()
+            if total:
+                metrics[name] = correct / total
+                metrics[f"{name}_length"] = float(np.mean(lengths))
+        return metrics, rows
+
+    return evaluate
+
+
+def batch_size(config: Config, parts: Parts) -> int:
+    """Held-out problems sampled at once: as many as a rollout has prompts, or all of them if they are fewer."""
+    fewest = -(-max(1, len(parts.held_out)) // parts.replicas) * parts.replicas
+    return min(config.rollout.prompts, fewest)
+
+
+def pad_problems(problems: list[Problem], size: int) -> list[Problem]:
+    """Fills the batch up with its last problem, so that its shape never changes."""
+    return [*problems, *[problems[-1]] * (size - len(problems))]
+
+
+def count_statuses(verdicts) -> dict[str, float]:
+    """Share of each status, so that a broken checker shows: {'verdict/correct': 0.5, ...}."""
+    counts = Counter(verdict.status for verdict in verdicts)
+    return {f"verdict/{status}": counts[status] / len(verdicts) for status in STATUSES}

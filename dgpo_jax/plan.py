@@ -1,0 +1,69 @@
+"""The sizes that follow from a config, printed before anything is computed."""
+
+from pathlib import Path
+
+from dgpo_jax.build import Parts
+from dgpo_jax.config import Config
+from dgpo_jax.models.parameters import parameter_count
+from dgpo_jax.rl.losses import resolve_settings
+from dgpo_jax.session import say
+
+
+def print_plan(config: Config, parts: Parts, workdir: Path) -> None:
+    """Prints the table and the first prompt as the model sees it."""
+    say(f"dgpo_jax: {config.name} in {workdir}")
+    rows = plan(config, parts)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        say(f"  {name:<{width}}  {value}")
+    problem = parts.stream.take(0, 1)[0]
+    say(f"first prompt, answer {problem.answer!r}:")
+    say("  | " + parts.template.render(problem.problem, parts.tokenizer).rstrip("\n").replace("\n", "\n  | "))
+
+
+def plan(config: Config, parts: Parts) -> list[tuple[str, str]]:
+    """(name, value) of everything derived; sizes in tokens unless they say otherwise."""
+    rollout, update, model = config.rollout, config.update, parts.model.config
+    responses = rollout.prompts * rollout.group_size
+    rows = update.tokens_per_device // update.tokens_per_row
+    weights = parameter_count(model)
+    settings = ", ".join(f"{name} {value}" for name, value in resolved(config).items())
+    mesh = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
+    dropped = f", {parts.dropped} dropped as longer than {rollout.max_prompt} tokens" if parts.dropped else ""
+    device = parts.mesh.devices.flat[0]
+    return [
+        ("devices", f"{parts.mesh.size} x {device.device_kind} ({mesh})"),
+        ("model", f"{weights / 1e6:.1f} M parameters, {model.layers} layers of width {model.width},"
+                  f" computing in {parts.model.compute_dtype.name}"),
+        ("problems", f"{len(parts.stream.problems)} to learn from{dropped}, {len(parts.held_out)} held out"),
+        ("method", f"{config.loss.method} ({settings})" if settings else config.loss.method),
+        ("an iteration", f"{rollout.prompts} prompts x {rollout.group_size} samples = {responses} responses"
+                         f" of up to {rollout.max_response}, then {update.updates} updates"),
+        ("an update", f"{rollout.prompts // update.updates} groups = {responses // update.updates} responses"),
+        ("a microbatch", f"{rows} rows of {update.tokens_per_row} on each of {parts.replicas} replicas"),
+        ("the run", f"{config.sft.updates} supervised updates, then {config.iterations} iterations"),
+        ("memory", memory_line(config, parts)),
+    ]  # fmt: skip
+
+
+def resolved(config: Config) -> dict[str, float | None]:
+    """The settings of the loss, with the published values where the config leaves them open."""
+    names = resolve_settings(config.loss.method)
+    return resolve_settings(config.loss.method, **{name: getattr(config.loss, name) for name in names})
+
+
+def memory_line(config: Config, parts: Parts) -> str:
+    """What the large arrays take on one device, in GiB: a forecast of what is certain, activations not included."""
+    model, rollout = parts.model.config, config.rollout
+    split = parts.mesh.shape["fsdp"] * parts.mesh.shape["tensor"]
+    bytes_per_number = parts.model.compute_dtype.itemsize
+    state = 4 * 4 * parameter_count(model) / split  # weights, two moments, gradient sum; all f32
+    decode = bytes_per_number * parameter_count(model) / parts.mesh.shape["tensor"]
+    rows = rollout.prompts * rollout.group_size / parts.replicas
+    slots = rollout.max_prompt + rollout.max_response
+    heads = model.key_heads / parts.mesh.shape["tensor"]
+    cache = 2 * bytes_per_number * model.layers * rows * slots * heads * model.head_width
+    return (
+        f"per device {state / 2**30:.2f} GiB training state, {decode / 2**30:.2f} GiB decoding weights,"
+        f" {cache / 2**30:.2f} GiB cache"
+    )

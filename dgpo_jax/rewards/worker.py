@@ -1,0 +1,56 @@
+"""A process that checks answers: `python -m dgpo_jax.rewards.worker MEMORY_MB PARENT_PID`.
+
+One JSON line in, [answer, extracted]; one JSON line out, the status. The first line out is "ready". It ends when its
+standard input closes, and the kernel kills it if its parent dies in the middle of an answer (Linux).
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main(memory_mb, parent):
+    """Serves until the input closes."""
+    _restrict(memory_mb, parent)
+    from dgpo_jax.rewards import equivalence, parser  # noqa: F401  loaded before the first deadline starts to count
+
+    _reply("ready")
+    for line in sys.stdin:
+        _reply(_status(*json.loads(line)))
+
+
+def _restrict(memory_mb, parent):
+    """Memory limit, no core dumps, no Ctrl-C of the trainer's terminal, and death together with the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the line above
+            sys.exit(1)
+
+
+def _status(answer, extracted):
+    from dgpo_jax.rewards.math import slow_status
+
+    try:
+        return slow_status(answer, extracted)
+    except MemoryError:
+        return "crashed"
+    except Exception as error:  # a fault of the checker, not of the answer: counted apart and shown, never fatal
+        print(f"verifier worker: {type(error).__name__}: {error} on {[answer, extracted]!r}", file=sys.stderr)
+        return "crashed"
+
+
+def _reply(status):
+    sys.stdout.write(json.dumps(status) + "\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

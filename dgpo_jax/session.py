@@ -1,0 +1,127 @@
+"""What every command does around its story: read the command line, claim the workdir, say what is going on."""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+
+from dgpo_jax.config import Config, fixed_settings, parse_command, to_json
+
+CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
+
+
+def run_command(program: str, description: str, story: Callable[[Config, Path], object]) -> None:
+    """Runs `story(config, workdir)` as a command: bad input is one line and exit code 1, never a traceback.
+
+    DGPO_JAX_TRACEBACK=1 shows the traceback all the same.
+    """
+    config, workdir = parse_command(sys.argv[1:], program=program, description=description)
+    use_compilation_cache()
+    try:
+        story(config, workdir)
+    except (ValueError, OSError) as error:
+        if os.environ.get("DGPO_JAX_TRACEBACK"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs between runs, under ~/.cache unless JAX_COMPILATION_CACHE_DIR names another place."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(CACHE))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def claim_workdir(config: Config, workdir: Path) -> None:
+    """Creates the workdir and its config.json.
+
+    Raises:
+        ValueError: it cannot be written, or holds a run with other settings.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        record = workdir / "config.json"
+        if record.exists():
+            refuse_changes(config, record)
+        record.write_text(to_json(config))
+    except OSError as error:
+        raise ValueError(f"--workdir {workdir} cannot be written: {error.strerror}; choose another.") from None
+
+
+def refuse_changes(config: Config, record: Path) -> None:
+    """Raises ValueError if the run in the workdir was started with other settings than these."""
+    try:
+        before = {
+            f"{name}.{inner}" if isinstance(value, dict) else name: leaf
+            for name, value in json.loads(record.read_text()).items()
+            for inner, leaf in (value.items() if isinstance(value, dict) else [("", value)])
+        }
+    except (json.JSONDecodeError, AttributeError):
+        return  # torn by a kill while it was first written: nothing has been computed under it
+    changed = [
+        f"{name} was {before.get(name)!r} and is {value!r}"
+        for name, value in fixed_settings(config).items()
+        if before.get(name) != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{record.parent} holds a run with other settings: {'; '.join(changed)}. Use another --workdir, or the"
+            " settings it was started with."
+        )
+
+
+def say(text: str) -> None:
+    """A line of the story, for the person watching."""
+    print(text, flush=True)
+
+
+class Stopwatch:
+    """Seconds of the parts of an iteration: `with stopwatch("rollout"): ...` adds to time/rollout."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self._compiling = 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, seconds: float, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            self._compiling += seconds
+
+    def __call__(self, name: str):
+        return _Part(self, name)
+
+    def take(self) -> dict[str, float]:
+        """The seconds since the last call, as metrics, compilation apart (it is inside the other parts too)."""
+        seconds, self.seconds = self.seconds, {}
+        compiling, self._compiling = self._compiling, 0.0
+        return {f"time/{name}": value for name, value in seconds.items()} | {"time/compile": compiling}
+
+
+class _Part:
+    def __init__(self, stopwatch: Stopwatch, name: str):
+        self.stopwatch, self.name = stopwatch, name
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *exception):
+        spent = time.perf_counter() - self.began
+        self.stopwatch.seconds[self.name] = self.stopwatch.seconds.get(self.name, 0.0) + spent
+
+
+def memory_metrics() -> dict[str, float]:
+    """Peak memory so far, in GiB: of this process, and of its first device where that has memory of its own."""
+    metrics = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        metrics["memory/device_peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+    return metrics

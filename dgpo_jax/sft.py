@@ -1,0 +1,54 @@
+"""The supervised warm start alone: learn worked solutions, then leave the weights where `train` goes on from.
+
+    python -m dgpo_jax.sft --config=configs/smoke.py
+
+With the same config (and so the same workdir) `python -m dgpo_jax.train` finds the warm-started weights as the
+checkpoint of iteration 0.
+"""
+
+from pathlib import Path
+
+from dgpo_jax.build import build_parts, fresh_state, make_decode_params
+from dgpo_jax.checkpoint import Checkpoints, peek
+from dgpo_jax.config import Config
+from dgpo_jax.evaluation import make_evaluation
+from dgpo_jax.plan import print_plan
+from dgpo_jax.rewards.pool import VerifierPool
+from dgpo_jax.session import claim_workdir, run_command, say
+from dgpo_jax.supervised import warm_start
+
+
+def sft(config: Config, workdir: str | Path) -> dict[str, float]:
+    """Runs or goes on with the warm start, and evaluates what it gave.
+
+    Returns:
+        The held-out scores; empty if the warm start had been finished before.
+    Raises:
+        ValueError: sft.updates is 0, or settings, data or weights do not fit.
+    """
+    workdir = Path(workdir)
+    if not config.sft.updates:
+        raise ValueError("sft.updates is 0, so there is nothing to do; give the number of supervised updates.")
+    claim_workdir(config, workdir)
+    found = peek(workdir / "checkpoints")
+    if found:
+        say(f"nothing to do: {workdir}/checkpoints has iteration {found[0]}, which came after the warm start")
+        return {}
+    parts = build_parts(config)
+    print_plan(config, parts, workdir)
+    reward = config.reward
+    with (
+        VerifierPool(reward.workers, reward.deadline_s, reward.extract, reward.memory_mb) as pool,
+        Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
+    ):
+        state = fresh_state(parts, warm_start(config, parts, workdir).params)
+        checkpoints.save(0, state, {"skipped_in_a_row": 0})
+        scores, _ = make_evaluation(config, parts, pool)(make_decode_params(parts)(state.params))
+    for name, value in scores.items():
+        say(f"{name:<24} {value:.3f}")
+    say(f"weights in {workdir}/checkpoints; python -m dgpo_jax.train with the same settings goes on from them")
+    return scores
+
+
+if __name__ == "__main__":
+    run_command("dgpo_jax.sft", "Supervised warm start on worked solutions.", sft)

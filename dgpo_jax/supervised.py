@@ -1,0 +1,106 @@
+"""The supervised warm start: worked solutions, the same programs as a policy update with every advantage 1.
+
+A phase of its own with files of its own under `workdir/sft/`. `train` runs it before the first iteration where
+`sft.updates` asks for one; `python -m dgpo_jax.sft` runs it alone.
+"""
+
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from dgpo_jax.build import Parts, abstract_state, build_state, load
+from dgpo_jax.checkpoint import Checkpoints
+from dgpo_jax.config import Config, SftConfig
+from dgpo_jax.data.problems import ProblemStream
+from dgpo_jax.data.prompts import encode_examples
+from dgpo_jax.metrics import WARM_START_COLUMNS, MetricsWriter, progress
+from dgpo_jax.rl.packing import Example, pack
+from dgpo_jax.rl.update import LossSettings, Programs, make_programs, take_update
+from dgpo_jax.sharding import to_device, to_host
+from dgpo_jax.types import TrainState
+
+SUPERVISED = LossSettings("reinforce", {}, temperature=1.0, logprob_chunk=512)
+
+
+def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
+    """Trains on `sft.updates` minibatches of worked solutions.
+
+    Goes on from its own newest checkpoint; its metrics are in `workdir/sft/metrics.jsonl`, one object per update.
+
+    Returns:
+        The state after the last update, its optimizer's moments included.
+    Raises:
+        ValueError: a problem without a solution, or one that does not fit the prompt and response slots.
+    """
+    stream = ProblemStream(load(config.data, config.sft.data or config.data.train, config.seed), config.seed)
+    loss = SUPERVISED._replace(logprob_chunk=config.update.logprob_chunk)
+    programs = make_programs(parts.model, parts.optimizer, loss, parts.shardings)
+    folder = workdir / "sft"
+    with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
+        restored = checkpoints.restore(abstract_state(parts))
+        done, state = restored[:2] if restored else (0, build_state(config, parts))
+        with (
+            MetricsWriter(folder, done + 1, console_columns=WARM_START_COLUMNS, unit="update") as writer,
+            progress("warm start", config.sft.updates) as advance,
+        ):
+            advance(done)
+            began, logged = time.perf_counter(), done
+            for update in range(done + 1, config.sft.updates + 1):
+                last = update == config.sft.updates
+                state, results = supervised_update(config, parts, programs, stream, state, update - 1)
+                if last or update % config.sft.log_every == 0:
+                    metrics = to_metrics(results)
+                    # Updates run behind the host, so only their mean since the last line is a time.
+                    seconds = (time.perf_counter() - began) / (update - logged)
+                    began, logged = time.perf_counter(), update
+                    speed = metrics["sft/tokens"] / seconds / parts.mesh.size
+                    metrics |= {"time/update": seconds, "speed/tokens_per_second_per_device": speed}
+                    writer.write(update, metrics)
+                if not last and update % config.sft.checkpoint_every == 0:
+                    checkpoints.save(update, state, {})
+                advance()
+    return state
+
+
+def supervised_update(config: Config, parts: Parts, programs: Programs, stream: ProblemStream, state, update: int):
+    """One optimizer step on the next `sft.examples` problems of the stream; figures stay on the device."""
+    problems = stream.take(update * config.sft.examples, config.sft.examples)
+    pairs = encode_examples(
+        problems, parts.tokenizer, parts.template, config.rollout.max_prompt, config.rollout.max_response
+    )
+    examples = [
+        Example(np.array(prompt, np.int32), np.array(response, np.int32), np.zeros(len(response), np.float32), 1.0)
+        for prompt, response in pairs
+    ]
+    rows = config.update.tokens_per_device // config.update.tokens_per_row * parts.replicas
+    batches = pack(examples, rows=rows, tokens_per_row=config.update.tokens_per_row, pad_id=parts.tokenizer.pad_id)
+    tokens = np.float32(sum(len(example.response) for example in examples))
+    rate = np.float32(learning_rate(config.sft, update))
+    normaliser, rate_on_device = to_device((tokens, rate), parts.shardings.scalar)
+    on_device = (to_device(batch, parts.shardings.batch) for batch in batches)
+    state, totals, figures = take_update(programs, state, on_device, normaliser, rate_on_device)
+    return state, (totals, figures, float(rate))
+
+
+def to_metrics(of_update) -> dict[str, float]:
+    """The figures of one update as they are written."""
+    totals, figures, rate = of_update
+    totals, figures = to_host((totals, figures))
+    tokens = float(totals.sums["tokens"])
+    return {
+        "sft/loss": float(totals.sums["loss"]),
+        "sft/entropy": float(totals.sums["entropy"]) / tokens,
+        "sft/tokens": tokens,
+        "optim/grad_norm": float(figures.grad_norm),
+        "optim/learning_rate": rate,
+    }
+
+
+def learning_rate(config: SftConfig, update: int) -> float:
+    """Linear warm-up, then a cosine down to a tenth at the last update."""
+    if update < config.warmup_updates:
+        return config.learning_rate * (update + 1) / config.warmup_updates
+    share = (update - config.warmup_updates) / max(1, config.updates - config.warmup_updates)
+    return config.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * share)))

@@ -1,0 +1,84 @@
+"""The data that flows through a run: plain tuples that host code and device code both understand.
+
+They are NamedTuples, so JAX treats them as pytrees, and this module imports no JAX, so the answer checkers
+can use them too. `Array` below means numpy on the host and `jax.Array` on the device; arrays cross between the
+two only in `sharding.to_device` and `sharding.to_host`.
+
+Axis letters used everywhere: Q prompts per iteration, G group size, B = Q * G responses (row q * G + g), P prompt
+slots, R response slots, N packed rows, T tokens per packed row, L layers, D width, K key heads, M query heads per
+key head, H head width, F feed-forward width, S cache slots, V vocabulary.
+"""
+
+from typing import Any, NamedTuple
+
+Array = Any
+
+
+class Problem(NamedTuple):
+    """One question with a checkable answer."""
+
+    id: str  # unique within its source
+    problem: str  # the question, as text
+    answer: str  # the reference answer, never empty
+    source: str  # which set it comes from
+    solution: str = ""  # a worked solution, for supervised warm starts
+
+
+class Verdict(NamedTuple):
+    """What the answer checker says about one response."""
+
+    status: str  # one of STATUSES
+    extracted: str | None  # the answer found in the response; None where there was none
+
+    @property
+    def correct(self) -> bool:
+        """True only for a checked, right answer."""
+        return self.status == "correct"
+
+
+# Only the first two are judgements of the answer; the others are counted apart, so that a broken checker shows.
+STATUSES = ("correct", "wrong", "no_answer", "unparsable", "timed_out", "crashed")
+
+
+class Prompts(NamedTuple):
+    """Prompts padded on the left, so that the last slot of every row is its last token."""
+
+    tokens: Array  # i32[Q, P]
+    mask: Array  # bool[Q, P], True = real
+
+
+class Rollout(NamedTuple):
+    """Responses padded on the right; row q * G + g is sample g of prompt q."""
+
+    response: Array  # i32[B, R]
+    response_mask: Array  # bool[B, R], True = sampled, the stop token included
+    logprobs: Array  # f32[B, R], of log_softmax(logits / temperature), never renormalised by top-p or top-k
+    truncated: Array  # bool[B], True = ran out of slots before a stop token
+
+
+class TrainBatch(NamedTuple):
+    """Several sequences packed into each row; attention never crosses a segment."""
+
+    tokens: Array  # i32[N, T]
+    segment: Array  # i32[N, T], 0 = padding, 1.. = the sequences of the row
+    position: Array  # i32[N, T], counts from 0 within a segment
+    loss_mask: Array  # bool[N, T], True where the *token at this slot* was sampled
+    old_logprobs: Array  # f32[N, T], of the token at this slot
+    advantages: Array  # f32[N, T]
+
+
+class TrainState(NamedTuple):
+    """What an update reads and writes."""
+
+    update: Array  # i32[], optimizer steps taken
+    params: Any  # nested dict of f32 arrays
+    opt_state: Any  # optax's state
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far; a slot with segment 0 is empty and attended by nothing."""
+
+    key: Array  # dtype[L, B, K, S, H], rotary embedding applied
+    value: Array  # dtype[L, B, K, S, H]
+    segment: Array  # i32[B, S], 0 = empty
+    position: Array  # i32[B, S]

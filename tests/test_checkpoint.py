@@ -1,0 +1,321 @@
+"""Checkpoints: what is read back is bit for bit what was saved, and what is not whole is never read."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dgpo_jax import checkpoint
+from dgpo_jax.checkpoint import Checkpoints, peek
+from dgpo_jax.types import TrainState
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def make_sharding(fsdp=1, tensor=1):
+    devices = np.array(jax.devices()[: fsdp * tensor]).reshape(fsdp, tensor)
+    return NamedSharding(Mesh(devices, ("fsdp", "tensor")), PartitionSpec("fsdp", "tensor"))
+
+
+def make_state(value=0.0, sharding=None):
+    """A state with what is easily lost: -0.0, NaN payloads, subnormals, a moment in bfloat16, nested tuples."""
+    odd = np.array([0x80000000, 0x7FC12345, 0x00000001, 0xFF800000] * 16, np.uint32).view(np.float32).reshape(8, 8)
+    weights = jax.random.normal(jax.random.key(3), (64, 32)) + value
+    place = lambda array: array if sharding is None else jax.device_put(array, sharding)  # noqa: E731
+    params = {"embed": place(weights), "layers": {"odd": place(odd), "minus_zero": place(np.full((8, 8), -0.0, np.float32))}}
+    moments = ({"embed": place(weights.astype(jnp.bfloat16))}, (), place(weights**2))
+    return jax.tree.map(jnp.asarray, TrainState(update=jnp.int32(7), params=params, opt_state=moments))
+
+
+def make_abstract(state, sharding=None):
+    """Scalars and whatever has no second axis go to the first device, the rest to `sharding`."""
+    sharding = sharding or make_sharding()
+    plain = NamedSharding(sharding.mesh, PartitionSpec())
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding if leaf.ndim == 2 else plain), state
+    )
+
+
+def bits(tree):
+    return [(leaf.dtype, leaf.shape, np.asarray(leaf).tobytes()) for leaf in jax.tree.leaves(tree)]
+
+
+def save_two(directory):
+    """Iterations 1 and 2, told apart by their weights; returns both states."""
+    states = make_state(1.0), make_state(2.0)
+    with Checkpoints(directory) as checkpoints:
+        for iteration, state in enumerate(states, start=1):
+            checkpoints.save(iteration, state, {"position": iteration})
+    return states
+
+
+def names(directory):
+    return sorted(path.name for path in Path(directory).iterdir())
+
+
+def largest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+
+
+def flip_a_byte(folder):
+    path = largest_file(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(folder):
+    path = largest_file(folder)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def lose_a_file(folder):
+    largest_file(folder).unlink()
+
+
+def lose_the_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def garble_the_manifest(folder):
+    (folder / "manifest.json").write_text("[1, 2]")
+
+
+def empty_the_manifest(folder):
+    (folder / "manifest.json").write_text("{}")
+
+
+def change_the_details(folder):
+    text = (folder / "details.json").read_text()
+    (folder / "details.json").write_text(text.replace('"position": 2', '"position": 3'))
+
+
+def test_an_empty_directory_restores_nothing(tmp_path):
+    with Checkpoints(tmp_path / "none" / "yet") as checkpoints:
+        assert checkpoints.restore(make_abstract(make_state())) is None
+    assert peek(tmp_path / "none" / "yet") is None
+    assert peek(tmp_path / "not there") is None
+
+
+def test_what_is_read_back_is_bit_for_bit_what_was_saved(tmp_path):
+    state, extra = make_state(), {"position": [3, 0.1], "settings": {"lr": 1e-6}, "note": "é"}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(12, state, extra)
+        iteration, restored, restored_extra = checkpoints.restore(make_abstract(state))
+    assert (iteration, restored_extra) == (12, extra)
+    assert peek(tmp_path) == (12, extra)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert bits(restored) == bits(state)
+
+
+@pytest.mark.parametrize("fsdp, tensor", [(1, 1), (2, 4), (8, 1)])
+def test_a_4x2_mesh_restores_onto_another_one(tmp_path, fsdp, tensor):
+    state = make_state(sharding=make_sharding(4, 2))
+    target = make_abstract(state, make_sharding(fsdp, tensor))
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        _, restored, _ = checkpoints.restore(target)
+    assert bits(restored) == bits(state)
+    for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
+        assert leaf.sharding == wanted.sharding
+
+
+def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    # Orbax writes from views of the device buffers on CPU; an update that reuses them must not reach the file.
+    state = {"weights": jnp.arange(4_000_000.0), "more": jnp.ones((1000, 1000))}
+    wanted, abstract = jax.tree.map(np.array, state), make_abstract(state)
+    overwrite = jax.jit(lambda tree: jax.tree.map(lambda leaf: leaf * 0 - 1, tree), donate_argnums=0)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        jax.block_until_ready(overwrite(state))
+        _, restored, _ = checkpoints.restore(abstract)
+    assert bits(restored) == bits(wanted)
+
+
+@pytest.mark.parametrize(
+    "damage, reason",
+    [
+        (flip_a_byte, "damaged"),  # Orbax alone reads this without a word
+        (truncate, "bytes where"),
+        (lose_a_file, "missing"),
+        (lose_the_manifest, "never finished"),
+        (garble_the_manifest, "manifest.json is damaged"),
+        (empty_the_manifest, "manifest.json is damaged"),
+        (change_the_details, "details.json is damaged"),
+    ],
+)
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, caplog, damage, reason):
+    older, newer = save_two(tmp_path)
+    damage(tmp_path / "iteration_000002")
+    with Checkpoints(tmp_path) as checkpoints:
+        iteration, restored, extra = checkpoints.restore(make_abstract(older))
+        assert (iteration, extra) == (1, {"position": 1})
+        assert bits(restored) == bits(older)
+        assert names(tmp_path) == ["iteration_000001", "iteration_000002.bad"]
+        assert reason in caplog.text
+
+        # Iteration 2 comes round again: it must be written, though Orbax would skip a folder it has seen.
+        checkpoints.save(2, newer, {"position": 2})
+        iteration, restored, _ = checkpoints.restore(make_abstract(older))
+    assert iteration == 2
+    assert bits(restored) == bits(newer)
+
+
+def test_with_every_checkpoint_damaged_there_is_nothing_to_restore(tmp_path):
+    state, _ = save_two(tmp_path)
+    flip_a_byte(tmp_path / "iteration_000001")
+    lose_the_manifest(tmp_path / "iteration_000002")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.restore(make_abstract(state)) is None
+        assert names(tmp_path) == ["iteration_000001.bad", "iteration_000002.bad"]
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        assert checkpoints.restore(make_abstract(state))[0] == 1
+    # Of those set aside only the last stays once there is something new: they are as large as checkpoints.
+    assert names(tmp_path) == ["iteration_000001", "iteration_000002.bad"]
+
+
+def test_peek_passes_over_unfinished_and_short_ones_and_renames_nothing(tmp_path):
+    save_two(tmp_path)
+    truncate(tmp_path / "iteration_000002")
+    assert peek(tmp_path) == (1, {"position": 1})
+    assert names(tmp_path) == ["iteration_000001", "iteration_000002"]
+
+
+def test_the_newest_two_are_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for iteration in (9, 10, 100, 1_000_000):  # the last has more digits than names are padded to
+            checkpoints.save(iteration, make_state(iteration), {})
+    assert names(tmp_path) == ["iteration_000100", "iteration_1000000"]
+    assert peek(tmp_path)[0] == 1_000_000
+
+
+@pytest.mark.parametrize("keep, iteration", [(1, 2), (1, 1)])  # a later one, and the same one saved again
+def test_the_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path, monkeypatch, keep, iteration):
+    may_finish, write_manifest = threading.Event(), checkpoint.write_manifest
+    state, again = make_state(1.0), make_state(2.0)
+    with Checkpoints(tmp_path, keep=keep) as checkpoints:
+        checkpoints.save(1, state, {"which": "first"})
+        checkpoints.wait()
+        monkeypatch.setattr(checkpoint, "write_manifest", lambda path: may_finish.wait() and write_manifest(path))
+        checkpoints.save(iteration, again, {"which": "second"})
+        assert peek(tmp_path) == (1, {"which": "first"})
+        assert len(names(tmp_path)) == 2
+        may_finish.set()
+        assert bits(checkpoints.restore(make_abstract(state))[1]) == bits(again)
+    assert len(names(tmp_path)) == 1
+
+
+def test_saving_an_iteration_again_does_not_push_out_an_older_iteration(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for iteration in (1, 2, 2, 2):
+            checkpoints.save(iteration, make_state(), {})
+    assert names(tmp_path) == ["iteration_000001", "iteration_000002.3"]
+
+
+def test_saving_an_iteration_older_than_the_newest_is_refused(tmp_path):
+    save_two(tmp_path)
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="already holds iteration 2"):
+        checkpoints.save(1, make_state(), {})
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding), r"float32\[64, 32\] in .* bfloat16\[64, 32\] here"),
+        (lambda leaf: jax.ShapeDtypeStruct((64, 16), leaf.dtype, sharding=leaf.sharding), r"float32\[64, 16\] here"),
+        (lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), "no sharding for params/embed"),
+        (lambda leaf: {"table": leaf}, r"params/embed is float32\[64, 32\] in .* absent here \(1 other"),
+    ],
+)  # fmt: skip
+def test_other_dtypes_shapes_or_names_are_refused(tmp_path, change, message):
+    state, _ = save_two(tmp_path)
+    target = make_abstract(state)
+    target.params["embed"] = change(target.params["embed"])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match=message):
+        checkpoints.restore(target)
+    assert names(tmp_path) == ["iteration_000001", "iteration_000002"]  # sound, only not ours: nothing is set aside
+
+
+@pytest.mark.parametrize("keep, directory, message", [
+    (0, "fine", "give at least 1"),
+    (2, "file/below", "cannot be written"),  # stands for a read-only disk, which root in a container cannot have
+    (2, "gs://bucket/run", "mount the bucket"),  # would make a local folder named 'gs:'
+])  # fmt: skip
+def test_settings_that_cannot_work_are_refused_at_construction(tmp_path, monkeypatch, keep, directory, message):
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    with pytest.raises(ValueError, match=message):
+        Checkpoints(directory, keep=keep)
+
+
+def test_extra_that_is_not_json_is_refused_before_anything_is_written(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoints.save(1, make_state(), {"array": np.zeros(3)})
+    assert names(tmp_path) == []
+
+
+def test_a_save_that_fails_in_the_background_is_reported_and_the_older_one_kept(tmp_path, monkeypatch):
+    def disk_full(path):
+        raise OSError(28, "No space left on device")
+
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {})
+        checkpoints.wait()
+        with monkeypatch.context() as patched:
+            patched.setattr(checkpoint, "write_manifest", disk_full)
+            checkpoints.save(2, state, {})
+            with pytest.raises(RuntimeError, match="No space left"):
+                checkpoints.wait()
+        assert checkpoints.restore(make_abstract(state))[0] == 1
+        checkpoints.save(2, state, {})  # and the run can go on once there is space
+    assert peek(tmp_path)[0] == 2
+
+
+SAVER = """
+    import sys, time
+    import jax.numpy as jnp
+    from dgpo_jax.checkpoint import Checkpoints
+    first = int(sys.argv[2])
+    with Checkpoints(sys.argv[1]) as checkpoints:
+        for iteration in range(first, first + 1000):
+            checkpoints.save(iteration, {"weights": jnp.full((500_000,), float(iteration))}, {"iteration": iteration})
+            print(iteration, flush=True)
+"""
+
+
+def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
+    abstract = make_abstract({"weights": jnp.zeros(500_000)})
+    directory, latest = tmp_path / "checkpoints", -1
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    for delay_s in (0.0, 0.011, 0.023, 0.041):  # a save of this size takes about 40 ms: before, within and after it
+        command = [sys.executable, "-c", textwrap.dedent(SAVER), str(directory), str(latest + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True) as process:
+            for _ in range(3):  # when save n returns, save n - 1 is complete
+                complete = int(process.stdout.readline()) - 1
+            time.sleep(delay_s)
+            process.send_signal(signal.SIGKILL)
+        with Checkpoints(directory) as checkpoints:
+            iteration, state, extra = checkpoints.restore(abstract)
+        assert iteration == extra["iteration"] >= complete
+        assert bool((state["weights"] == iteration).all())
+        latest = iteration
+
+
+def test_details_say_which_arrays_a_checkpoint_holds(tmp_path):
+    save_two(tmp_path)
+    details = json.loads((tmp_path / "iteration_000002" / "details.json").read_text())
+    assert details["arrays"]["params/embed"] == "float32[64, 32]"
+    assert details["arrays"]["opt_state/0/embed"] == "bfloat16[64, 32]"

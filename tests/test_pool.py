@@ -1,0 +1,223 @@
+"""The pool of checker processes: order, deadlines, deaths, and nothing left behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from dgpo_jax.rewards import pool as pool_module
+from dgpo_jax.rewards.pool import VerifierPool
+from dgpo_jax.types import Problem
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+SLOW = ("x+1", r"\boxed{1+x}")  # needs the parser, so it goes to a worker
+
+
+@pytest.fixture
+def pool():
+    with VerifierPool(workers=2, deadline_s=2.0) as pool:
+        pool.score([SLOW, ("y+1", r"\boxed{1+y}")])  # warm
+        yield pool
+
+
+def is_alive(pid):
+    """False for a process that ended, even where nobody has reaped it yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition, seconds=10.0):
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.02)
+    return condition()
+
+
+def test_verdicts_come_in_the_order_of_the_answers(pool):
+    pairs = [("1/2", r"\boxed{0.5}"), ("1/2", r"\boxed{0.6}"), ("1/2", "none"), SLOW, ("x", r"\boxed{\frac{}{}}")]
+    assert [verdict.status for verdict in pool.score(pairs)] == ["correct", "wrong", "no_answer", "correct", "unparsable"]
+
+
+def test_a_thousand_answers_keep_their_order(pool):
+    pairs = [(f"x+{i}", f"\\boxed{{{i if i % 3 else i + 1}+x}}") for i in range(1000)]  # each third is off by one
+    assert [verdict.correct for verdict in pool.score(pairs)] == [i % 3 != 0 for i in range(1000)]
+
+
+def test_tickets_can_be_gathered_in_any_order_while_others_are_checked(pool):
+    tickets = [pool.submit(f"x+{i}", f"\\boxed{{x+{i}.0}}") for i in range(50)]
+    assert [verdict.extracted for verdict in pool.gather(reversed(tickets))] == [f"x+{i}.0" for i in reversed(range(50))]
+
+
+def test_the_same_pair_is_checked_once(pool):
+    first, second = pool.submit("x+7", r"a \boxed{7+x}"), pool.submit("x+7", r"b \boxed{7+x}")
+    assert first is second and first.result().correct
+
+
+def test_the_extraction_rule_of_the_pool_is_used():
+    with VerifierPool(workers=1, extract="last") as pool:
+        assert pool.score([("72", "it is 72")])[0].correct
+
+
+def test_a_worker_that_hangs_is_killed_and_replaced():
+    with VerifierPool(workers=1, deadline_s=0.5) as pool:
+        pool.score([SLOW])
+        (pid,) = pool.worker_pids()
+        os.kill(pid, signal.SIGSTOP)  # as an endless loop would look from outside
+        started = time.monotonic()
+        assert pool.score([("z+1", r"\boxed{1+z}")])[0].status == "timed_out"
+        assert 0.4 < time.monotonic() - started < 5.0
+        assert not is_alive(pid)
+        assert pool.score([("z+2", r"\boxed{2+z}")])[0].status == "correct"
+        assert pool.worker_pids() != [pid]
+
+
+def test_a_hanging_worker_does_not_hold_up_the_other(pool):
+    os.kill(pool.worker_pids()[0], signal.SIGSTOP)
+    statuses = [verdict.status for verdict in pool.score([(f"z+{i}", f"\\boxed{{{i}+z}}") for i in range(40)])]
+    assert statuses.count("timed_out") == 1 and statuses.count("correct") == 39
+
+
+def test_an_answer_whose_worker_is_killed_gets_a_second_worker():
+    with VerifierPool(workers=1, deadline_s=5.0) as pool:
+        pool.score([SLOW])
+        (pid,) = pool.worker_pids()
+        os.kill(pid, signal.SIGSTOP)  # so that it dies in the middle of the answer
+        ticket = pool.submit("z+1", r"\boxed{1+z}")
+        time.sleep(0.1)
+        os.kill(pid, signal.SIGKILL)
+        assert ticket.result(timeout=10).status == "correct"
+
+
+def test_an_answer_that_kills_two_workers_is_crashed(monkeypatch):
+    start = pool_module._Feeder._ensure_process
+    deaths = []
+
+    def start_then_die(feeder):
+        start(feeder)
+        if len(deaths) < 2:
+            deaths.append(feeder.process.pid)
+            feeder.process.kill()
+            feeder.process.wait()
+
+    with VerifierPool(workers=1) as pool:
+        pool.score([SLOW])
+        monkeypatch.setattr(pool_module._Feeder, "_ensure_process", start_then_die)
+        verdicts = pool.score([("z+1", r"\boxed{1+z}"), ("z+2", r"\boxed{2+z}")])
+    assert [verdict.status for verdict in verdicts] == ["crashed", "correct"]  # and the pool goes on
+
+
+def test_a_worker_refuses_memory_beyond_its_limit():
+    worker = subprocess.run(
+        [sys.executable, "-c", "import os; from dgpo_jax.rewards import worker; worker._restrict(256, os.getppid()); bytearray(2**30)"],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert worker.returncode == 1 and "MemoryError" in worker.stderr
+
+
+def test_an_answer_out_of_memory_is_crashed(monkeypatch):
+    from dgpo_jax.rewards import math, worker
+
+    def exhausted(answer, extracted):
+        raise MemoryError
+
+    monkeypatch.setattr(math, "slow_status", exhausted)
+    assert worker._status("1", "2") == "crashed"
+
+
+def test_no_process_thread_or_file_descriptor_is_left_after_close():
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with VerifierPool(workers=2) as pool:
+            pool.score([SLOW])
+            wait_until(lambda pool=pool: len(pool.worker_pids()) == 2)
+            pids = pool.worker_pids()
+        pool.close()  # a second time does no harm
+        assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)  # reaped, not merely dead
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+    assert not [thread for thread in threading.enumerate() if thread.name == "verifier-feeder"]
+
+
+def test_an_exception_in_the_trainer_closes_the_pool_at_once():
+    started = time.monotonic()
+    with pytest.raises(KeyError), VerifierPool(workers=1, deadline_s=60.0) as pool:
+        pool.score([SLOW])
+        os.kill(pool.worker_pids()[0], signal.SIGSTOP)
+        tickets = [pool.submit(f"z+{i}", f"\\boxed{{{i}+z}}") for i in range(3)]
+        raise KeyError
+    assert time.monotonic() - started < 10.0
+    for ticket in tickets:
+        with pytest.raises(RuntimeError, match="closed before this answer was checked"):
+            ticket.result(timeout=1)
+    with pytest.raises(RuntimeError, match="after close"):
+        pool.submit("1", r"\boxed{1}")
+
+
+@pytest.mark.parametrize("stop_first", [False, True])  # idle, and (as good as) in the middle of an answer
+def test_workers_die_with_a_trainer_that_is_killed(stop_first):
+    script = (
+        "import time; from dgpo_jax.rewards.pool import VerifierPool\n"
+        "pool = VerifierPool(workers=2); pool.score([('x+1', '\\\\boxed{1+x}'), ('y+1', '\\\\boxed{1+y}')])\n"
+        "while len(pool.worker_pids()) < 2: time.sleep(0.01)\n"
+        "print(*pool.worker_pids(), flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    if stop_first:
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    assert len(pids) == 2 and wait_until(lambda: not any(is_alive(pid) for pid in pids))
+
+
+def test_ctrl_c_does_not_reach_the_workers(pool):
+    for pid in pool.worker_pids():
+        os.kill(pid, signal.SIGINT)
+    assert pool.score([("z+1", r"\boxed{1+z}")])[0].correct
+
+
+def test_golds_that_cannot_match_themselves_are_reported(pool):
+    good, broken = Problem("a", "?", r"\frac12", "test"), Problem("b", "?", "{5", "test")
+    assert pool.check_golds([good, broken]) == [broken]
+
+
+@pytest.mark.parametrize("setting, message", [
+    ({"workers": 0}, "workers: 0"),
+    ({"deadline_s": 0}, "deadline_s: 0"),
+    ({"extract": "box"}, "'box' is not a rule"),
+    ({"memory_mb": 1}, "memory_mb: 1"),
+])
+def test_a_setting_out_of_range_is_refused_before_any_process_starts(setting, message):
+    with pytest.raises(ValueError, match=message):
+        VerifierPool(**setting)
+
+
+@pytest.mark.skipif(not (SHARED / "verify/hostile.jsonl").exists(), reason="the shared hostile set is not here")
+def test_the_shared_hostile_set_is_safe(pool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for line in (SHARED / "verify/hostile.jsonl").read_text().rstrip("\n").split("\n"):
+        case = json.loads(line)
+        started = time.monotonic()
+        (verdict,) = pool.score([(case["gold"], "".join(part * repeat for part, repeat in case["prediction_parts"]))])
+        assert time.monotonic() - started < case["limit_s"], case["id"]
+        assert case["expect"] is None or verdict.correct == case["expect"], case["id"]
+        assert verdict.status not in ("timed_out", "crashed"), case["id"]
+        assert not case["canary"] or not Path(case["canary"]).exists()
+
+
+@pytest.mark.skipif(not (SHARED / "data/math_train.jsonl").exists(), reason="the shared problem sets are not here")
+@pytest.mark.parametrize("name", ["gsm8k_test", "gsm8k_train", "math_train", "math500", "aime24", "aime25", "amc23", "hmmt25"])
+def test_every_reference_answer_matches_itself(pool, name):
+    # Not splitlines(): a problem may hold U+2028.
+    rows = [json.loads(line) for line in (SHARED / f"data/{name}.jsonl").read_text().rstrip("\n").split("\n")]
+    assert pool.check_golds([Problem(row["id"], row["problem"], row["answer"], row["source"]) for row in rows]) == []

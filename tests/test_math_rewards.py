@@ -39,6 +39,8 @@ SAME = [
     (r"\arctan 1", r"\frac{\pi}{4}"), (r"\sin^{-1} 1", r"\pi/2"), ("6!", "720"), (r"\binom{6}{2}", "15"), (r"{10 \choose 3}", "120"), (r"\binom{2n}{n}", r"\frac{(2n)!}{n!^2}"),
     (r"\lfloor 7/2 \rfloor", "3"), ("|x|", r"\sqrt{x^2}"), ("(2+3i)(2-3i)", "13"), ("2π", r"2\pi"), ("x²", "x^2"), ("exp(-t)", "e^{-t}"),
     ("0", r"\sin^2 1 + \cos^2 1 - 1"),  # cancellation: the gap shrinks with the precision
+    ("1", r"\cosh^2 90 - \sinh^2 90"),  # 78 digits cancel
+    ("6", r"\gcd(12, 18)"), ("x^{3000}", "(x^{1500})^2"),  # no value at 50 digits within the bounds; SymPy needs none
     # collections
     ("(1,2)", "(1, 2)"), (r"\{1,2\}", r"\{2,1\}"), ("1,2", "2 and 1"), (r"\pm 3", "-3, 3"), (r"1\pm\sqrt2", r"1-\sqrt2, 1+\sqrt2"),
     (r"\{1\pm\sqrt5,-2\}", r"\{-2,1+\sqrt5,1-\sqrt5\}"), ("6, 8, and 10", r"6, 8\text{, and }10"), (r"\emptyset", r"\{\}"),
@@ -61,12 +63,14 @@ DIFFERENT = [
     ("32349", "32, 349"),  # a blank after the comma makes a list
     (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),  # tiny, but a factor of two apart
     ("0", r"\frac{1}{10^{60}}"), ("25", "0.25"), ("0.25", "25"), (r"25\%", r"2.5\%"), (r"\$1.50", "150"),
+    (r"\frac{x}{3}", r"\frac{x}{3} + 10^{-60}"), (r"\pi", r"\pi + 10^{-200}"), (r"\sin x", r"\sin x + 10^{-70}"),
+    ("|x-5|", "5-x"), ("0", r"\lfloor x/30 \rfloor"), ("x", r"\min(x, 3)"),  # alike only near 0
     # letters are variables, never units
     ("5", "5t"), ("2x+3", "2x+3m"), (r"\pi r^2", r"\pi r^2 h"), ("x", "y"), ("x^2+1", "y^2+1"), ("f(x)", "f(y)"), ("|x|", "x"),
     ("12", "12_3"), ("1011_2", "1011_3"),  # a base is part of the number
     # hedges: several answers where one was asked for
     ("5", r"5 \text{ or } 6"), ("5", "5, 7"), ("5", r"\{5,6\}"), ("5", r"\pm 5"), ("5", "[0,10]"), ("5", "7=5"), ("5", "0=5"),
-    ("5", r"5\approx 7"), ("5", r"5 \ne 6"), ("5", "x=4=5"), ("5", "x"), ("5", r"\mathbb{R}"), ("0", "x+2y=0"),
+    ("5", r"5\approx 7"), ("5", r"5 \ne 6"), ("5", "x=4=5"), ("5", "ab(x+1)=5"), ("5", "x"), ("5", r"\mathbb{R}"), ("0", "x+2y=0"),
     ("3,5", "3"), ("1,2", "1,2,3"),
     # brackets and order
     ("[1,2)", "[1,2]"), ("(1,2)", "(2,1)"), ("(1,2)", "(1,2,3)"), ("(-\\infty,3)", r"(3,\infty)"), (r"\infty", r"-\infty"),
@@ -176,14 +180,14 @@ def test_verdicts_do_not_depend_on_the_hash_seed():
     outputs = {
         subprocess.run([sys.executable, "-c", script], input=json.dumps(SAME + DIFFERENT), text=True, capture_output=True, check=True,
                        cwd=Path(__file__).parents[1], env={"PYTHONHASHSEED": seed}).stdout
-        for seed in ("0", "1", "12345")
+        for seed in ("0", "12345")
     }  # fmt: skip
     assert len(outputs) == 1
 
 
-def test_checking_imports_neither_jax_nor_sympy():
-    script = "import sys; from dgpo_jax.rewards.math import check; check('x+1', '\\\\boxed{1+x}'); import dgpo_jax.rewards.pool; " \
-        "assert not {'jax', 'flax', 'sympy', 'numpy'} & set(sys.modules), 'heavy import'"
+def test_the_trainer_loads_neither_jax_nor_sympy_to_check_answers():
+    script = "import sys; from dgpo_jax.rewards.math import check; check('0.5', '\\\\boxed{1/2}'); import dgpo_jax.rewards.pool; " \
+        "assert not {'jax', 'flax', 'sympy', 'mpmath', 'numpy'} & set(sys.modules), 'heavy import'"
     subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(__file__).parents[1])
 
 

@@ -20,10 +20,22 @@ SHARED = ROOT.parent / "shared"
 SLOW = ("x+1", r"\boxed{1+x}")  # needs the parser, so it goes to a worker
 
 
+def ready_pool():
+    pool = VerifierPool(workers=2, deadline_s=2.0)
+    assert all(feeder.ready.wait(60) for feeder in pool._feeders)
+    return pool
+
+
 @pytest.fixture
 def pool():
-    with VerifierPool(workers=2, deadline_s=2.0) as pool:
-        pool.score([SLOW, ("y+1", r"\boxed{1+y}")])  # warm
+    with ready_pool() as pool:
+        yield pool
+
+
+@pytest.fixture(scope="module")
+def shared_pool():
+    """For tests that leave the workers alone: starting one takes half a second of CPU."""
+    with ready_pool() as pool:
         yield pool
 
 
@@ -42,23 +54,23 @@ def wait_until(condition, seconds=10.0):
     return condition()
 
 
-def test_verdicts_come_in_the_order_of_the_answers(pool):
+def test_verdicts_come_in_the_order_of_the_answers(shared_pool):
     pairs = [("1/2", r"\boxed{0.5}"), ("1/2", r"\boxed{0.6}"), ("1/2", "none"), SLOW, ("x", r"\boxed{\frac{}{}}")]
-    assert [verdict.status for verdict in pool.score(pairs)] == ["correct", "wrong", "no_answer", "correct", "unparsable"]
+    assert [verdict.status for verdict in shared_pool.score(pairs)] == ["correct", "wrong", "no_answer", "correct", "unparsable"]
 
 
-def test_a_thousand_answers_keep_their_order(pool):
+def test_a_thousand_answers_keep_their_order(shared_pool):
     pairs = [(f"x+{i}", f"\\boxed{{{i if i % 3 else i + 1}+x}}") for i in range(1000)]  # each third is off by one
-    assert [verdict.correct for verdict in pool.score(pairs)] == [i % 3 != 0 for i in range(1000)]
+    assert [verdict.correct for verdict in shared_pool.score(pairs)] == [i % 3 != 0 for i in range(1000)]
 
 
-def test_tickets_can_be_gathered_in_any_order_while_others_are_checked(pool):
-    tickets = [pool.submit(f"x+{i}", f"\\boxed{{x+{i}.0}}") for i in range(50)]
-    assert [verdict.extracted for verdict in pool.gather(reversed(tickets))] == [f"x+{i}.0" for i in reversed(range(50))]
+def test_tickets_can_be_gathered_in_any_order_while_others_are_checked(shared_pool):
+    tickets = [shared_pool.submit(f"x+{i}", f"\\boxed{{x+{i}.0}}") for i in range(50)]
+    assert [verdict.extracted for verdict in shared_pool.gather(reversed(tickets))] == [f"x+{i}.0" for i in reversed(range(50))]
 
 
-def test_the_same_pair_is_checked_once(pool):
-    first, second = pool.submit("x+7", r"a \boxed{7+x}"), pool.submit("x+7", r"b \boxed{7+x}")
+def test_the_same_pair_is_checked_once(shared_pool):
+    first, second = shared_pool.submit("x+7", r"a \boxed{7+x}"), shared_pool.submit("x+7", r"b \boxed{7+x}")
     assert first is second and first.result().correct
 
 
@@ -135,6 +147,7 @@ def test_an_answer_out_of_memory_is_crashed(monkeypatch):
 
 def test_no_process_thread_or_file_descriptor_is_left_after_close():
     descriptors = len(os.listdir("/proc/self/fd"))
+    threads = set(threading.enumerate())
     for _ in range(3):
         with VerifierPool(workers=2) as pool:
             pool.score([SLOW])
@@ -143,7 +156,7 @@ def test_no_process_thread_or_file_descriptor_is_left_after_close():
         pool.close()  # a second time does no harm
         assert len(pids) == 2 and not any(Path(f"/proc/{pid}").exists() for pid in pids)  # reaped, not merely dead
     assert len(os.listdir("/proc/self/fd")) == descriptors
-    assert not [thread for thread in threading.enumerate() if thread.name == "verifier-feeder"]
+    assert set(threading.enumerate()) <= threads
 
 
 def test_an_exception_in_the_trainer_closes_the_pool_at_once():
@@ -186,9 +199,9 @@ def test_ctrl_c_does_not_reach_the_workers(pool):
     assert pool.score([("z+1", r"\boxed{1+z}")])[0].correct
 
 
-def test_golds_that_cannot_match_themselves_are_reported(pool):
+def test_golds_that_cannot_match_themselves_are_reported(shared_pool):
     good, broken = Problem("a", "?", r"\frac12", "test"), Problem("b", "?", "{5", "test")
-    assert pool.check_golds([good, broken]) == [broken]
+    assert shared_pool.check_golds([good, broken]) == [broken]
 
 
 @pytest.mark.parametrize("setting, message", [
@@ -203,21 +216,22 @@ def test_a_setting_out_of_range_is_refused_before_any_process_starts(setting, me
 
 
 @pytest.mark.skipif(not (SHARED / "verify/hostile.jsonl").exists(), reason="the shared hostile set is not here")
-def test_the_shared_hostile_set_is_safe(pool, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for line in (SHARED / "verify/hostile.jsonl").read_text().rstrip("\n").split("\n"):
-        case = json.loads(line)
-        started = time.monotonic()
-        (verdict,) = pool.score([(case["gold"], "".join(part * repeat for part, repeat in case["prediction_parts"]))])
-        assert time.monotonic() - started < case["limit_s"], case["id"]
-        assert case["expect"] is None or verdict.correct == case["expect"], case["id"]
-        assert verdict.status not in ("timed_out", "crashed"), case["id"]
-        assert not case["canary"] or not Path(case["canary"]).exists()
+def test_the_shared_hostile_set_is_safe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # before the workers start, so that what they would write shows up here
+    with ready_pool() as pool:
+        for line in (SHARED / "verify/hostile.jsonl").read_text().rstrip("\n").split("\n"):
+            case = json.loads(line)
+            started = time.monotonic()
+            (verdict,) = pool.score([(case["gold"], "".join(part * repeat for part, repeat in case["prediction_parts"]))])
+            assert time.monotonic() - started < case["limit_s"], case["id"]
+            assert case["expect"] is None or verdict.correct == case["expect"], case["id"]
+            assert verdict.status not in ("timed_out", "crashed"), case["id"]
+    assert list(tmp_path.iterdir()) == []  # none of the canaries was touched
 
 
 @pytest.mark.skipif(not (SHARED / "data/math_train.jsonl").exists(), reason="the shared problem sets are not here")
-@pytest.mark.parametrize("name", ["gsm8k_test", "gsm8k_train", "math_train", "math500", "aime24", "aime25", "amc23", "hmmt25"])
-def test_every_reference_answer_matches_itself(pool, name):
-    # Not splitlines(): a problem may hold U+2028.
-    rows = [json.loads(line) for line in (SHARED / f"data/{name}.jsonl").read_text().rstrip("\n").split("\n")]
-    assert pool.check_golds([Problem(row["id"], row["problem"], row["answer"], row["source"]) for row in rows]) == []
+def test_every_reference_answer_matches_itself(shared_pool):
+    for name in ("gsm8k_test", "gsm8k_train", "math_train", "math500", "aime24", "aime25", "amc23", "hmmt25"):
+        # Not splitlines(): a problem may hold U+2028.
+        rows = [json.loads(line) for line in (SHARED / f"data/{name}.jsonl").read_text().rstrip("\n").split("\n")]
+        assert shared_pool.check_golds([Problem(row["id"], row["problem"], row["answer"], row["source"]) for row in rows]) == [], name

@@ -30,6 +30,13 @@ OPERATIONS = {
     "share": Operation("/", lambda x, y: (x * y, y, x)),
 }
 
+# What a careless pupil does instead, on the two numbers as they stand in the question: sign, result.
+SLIPS = {
+    "add": ("+", lambda first, second: first + second),
+    "subtract": ("-", lambda first, second: first - second),
+    "multiply": ("*", lambda first, second: first * second),
+}
+
 
 class Kind(NamedTuple):
     """The raw material of one kind of problem."""
@@ -151,11 +158,14 @@ class GeneratedProblems(Sequence):
         low, high: the two numbers of a question are drawn from low..high, both included (for "share": the
             divisor and the answer); None means the kind's own range.
         operations: comma-separated keys of OPERATIONS; "" means all that the kind has.
+        slips: share of the worked solutions that use a wrong operation, done right; the answer stays true. A model
+            that learns from them can calculate and has yet to find out when to do what: a warm start that leaves
+            something to learn from rewards.
     Raises:
         ValueError: a setting outside these rules.
     """
 
-    def __init__(self, kind, size, seed=0, *, split="train", low=None, high=None, operations=""):
+    def __init__(self, kind, size, seed=0, *, split="train", low=None, high=None, operations="", slips=0.0):
         _check_choice("generated problems", kind, KINDS)
         _check_choice("split", split, SPLITS)
         self.kind, self.size, self.seed, self.split = kind, size, seed, split
@@ -165,6 +175,7 @@ class GeneratedProblems(Sequence):
         self.operations = [name.strip() for name in operations.split(",")] if operations else [*self.material.templates]
         for name in self.operations:
             _check_choice("operations", name, self.material.templates)
+        self.slips = slips
         self._check_numbers()
 
     def _check_numbers(self):
@@ -172,6 +183,8 @@ class GeneratedProblems(Sequence):
             raise ValueError(f"size {self.size} of generated problems is below 1; ask for at least one.")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} is negative; use 0 or more.")
+        if not 0 <= self.slips <= 1:
+            raise ValueError(f"slips {self.slips} is a share of the solutions; use 0 to 1.")
         if not 0 <= self.low <= self.high:
             raise ValueError(f"numbers {self.low}..{self.high}: need 0 <= low <= high; change low or high.")
         if self.low == 0 and "share" in self.operations:
@@ -211,13 +224,21 @@ class GeneratedProblems(Sequence):
         sign, arrange = OPERATIONS[operation]
         first, second, answer = arrange(x, y)
         template = material.templates[operation][number]
+        worked = answer
+        if self.slips and random.random() < self.slips:  # drawn last: slips change nothing else of the problem
+            sign, worked = self._slip(operation, first, second, random)
         return Problem(
             id=f"{self.kind}-{self.split}-{self.seed}-{index}",
             problem=template.format(name=name, other=other, thing=thing, a=first, b=second),
             answer=str(answer),
             source=f"generated:{self.kind}",
-            solution=material.solution.format(a=first, sign=sign, b=second, answer=answer),
+            solution=material.solution.format(a=first, sign=sign, b=second, answer=worked),
         )
+
+    def _slip(self, operation, first, second, random):
+        others = [name for name in SLIPS if name in self.operations and name != operation] or [*SLIPS]
+        sign, calculate = SLIPS[others[random.integers(len(others))]]
+        return sign, calculate(first, second)
 
 
 def _split_of(key):

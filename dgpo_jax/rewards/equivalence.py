@@ -1,7 +1,8 @@
 """Decides whether two parsed answers are the same answer. Deterministic: points come from a hash of the pair.
 
-Scalars are compared exactly where both are rational, else as numbers at several points, to 50 digits. Two different
-expressions of this size cannot agree there by accident, so no symbolic simplification (unbounded work) is needed.
+Scalars are compared exactly where both are rational. Else numbers at several points, to 50 digits, refute most wrong answers;
+where they agree, SymPy is asked for a proof (symbolic.py), and where it proves nothing within its bounds, their agreement
+decides: it holds to 300 digits at two of the points, or to 1e-6 where a side is written as a decimal.
 Collections, tuples, intervals, matrices and equations are compared part by part.
 """
 
@@ -9,16 +10,19 @@ import hashlib
 
 import mpmath
 
-from dgpo_jax.rewards import evaluate, realsets
+from dgpo_jax.rewards import arithmetic, realsets, symbolic
 from dgpo_jax.rewards.exact import Exact, numbers_equal
 from dgpo_jax.rewards.nodes import SCALARS
 from dgpo_jax.rewards.tokens import TooLargeError, UnparsableError
 
-DIGITS = 50  # working precision; GUARD more for the second look that tells rounding from difference
-GUARD = 25
+DIGITS = 50  # working precision
+FINE, FINER = 300, 330  # digits of the second look, which tells rounding from difference
+CLOSE_POINTS = 2
 POINTS = 4  # valid positive points that must agree
 TRIES = 10
 MIXED_TRIES = 4  # points with negative coordinates, used where both sides are real
+WIDE_TRIES = 3  # points further out: a side may change its form at 3, as |x - 3| does
+WIDE = 20
 ITEMS_CAP = 64
 SET_OPERATIONS = frozenset(("union", "intersection", "difference", "reals"))
 _DECIMAL_TOLERANCE = 1e-6
@@ -33,7 +37,7 @@ def equivalent(gold, prediction, seed):
     Raises:
         UnparsableError (or TooLargeError, UndefinedError): the two cannot be compared within the bounds.
     """
-    return Comparison(seed, evaluate.symbols(gold) | evaluate.symbols(prediction)).equal(gold, prediction)
+    return Comparison(seed, arithmetic.symbols(gold) | arithmetic.symbols(prediction)).equal(gold, prediction)
 
 
 class Comparison:
@@ -42,8 +46,11 @@ class Comparison:
     def __init__(self, seed, names):
         names = sorted(names)
         self.constant = not names
-        self.positive = [_point(seed, names, index, mixed=False) for index in range(TRIES)]
-        self.mixed = [_point(seed, names, index, mixed=True) for index in range(MIXED_TRIES)]
+        self.points = {
+            "positive": [_point(seed, names, index, mixed=False) for index in range(TRIES)],
+            "mixed": [_point(seed, names, index, mixed=True) for index in range(MIXED_TRIES)],
+            "wide": [_point(seed, names, index, mixed=index > 0, scale=WIDE) for index in range(WIDE_TRIES)],
+        }
         self.cache = {}
 
     def equal(self, left, right):
@@ -107,7 +114,7 @@ class Comparison:
             return None
         if is_name(sides[0]):
             sides, ops = sides[1:], ops[1:]
-        elif evaluate.symbols(relation):
+        elif arithmetic.symbols(relation):
             return None
         pairs = zip(sides, sides[1:], ops, strict=False)
         return sides[0] if all(self.chain_link_holds(*pair) for pair in pairs) else None
@@ -115,9 +122,9 @@ class Comparison:
     def chain_link_holds(self, left, right, op):
         if op == "=":
             return self.equal(left, right)
-        if not (left[0] in SCALARS and right[0] in SCALARS) or evaluate.symbols(left) or evaluate.symbols(right):
+        if not (left[0] in SCALARS and right[0] in SCALARS) or arithmetic.symbols(left) or arithmetic.symbols(right):
             return False
-        a, b = self.values(left, self.positive)[0], self.values(right, self.positive)[0]
+        a, b = self.values(left, "positive")[0], self.values(right, "positive")[0]
         return a is not None and b is not None and abs(a - b) <= abs(a) / 100
 
     def same_solutions(self, left, right):
@@ -126,20 +133,22 @@ class Comparison:
             (left_gap, left_op), (right_gap, right_op) = standard_form(left), standard_form(right)
             if left_op == right_op and self.proportional(left_gap, right_gap, signed=left_op in ("<", "<=")):
                 return True
-        if not (evaluate.symbols(left) == evaluate.symbols(right) and len(evaluate.symbols(left)) == 1):
+        if not (arithmetic.symbols(left) == arithmetic.symbols(right) and len(arithmetic.symbols(left)) == 1):
             return False
         ordered = set(left[2] + right[2]) <= set(realsets.ORDER)
         return ordered and realsets.sets_equal(left, right)
 
     def proportional(self, left, right, signed):
-        pairs = list(zip(self.values(left, self.positive), self.values(right, self.positive), strict=True))
+        pairs = list(zip(self.values(left, "positive"), self.values(right, "positive"), strict=True))
         pairs = [(a, b) for a, b in pairs if a is not None and b is not None]
         if len(pairs) < POINTS and not self.constant:
             raise UnparsableError("equation undefined at too many points")
         a0, b0 = pairs[0] if pairs else (0, 0)
         if a0 == 0 or b0 == 0 or (signed and mpmath.re(a0 / b0) <= 0):
             return False
-        return not self.constant and all(close(a * b0, b * a0) for a, b in pairs)
+        if self.constant or not all(close(a * b0, b * a0) for a, b in pairs):
+            return False
+        return symbolic.proportional(left, right) is not False
 
     # Numbers
 
@@ -153,57 +162,80 @@ class Comparison:
         return self.values_agree(left, right)
 
     def values_agree(self, left, right):
-        decimal = evaluate.has_decimal(left) or evaluate.has_decimal(right)
-        same = close_decimal if decimal else close
-        pairs = zip(self.values(left, self.positive), self.values(right, self.positive), strict=True)
+        """Numbers first, as they refute most wrong answers; then SymPy's proof; what that leaves open, numbers decide."""
+        if arithmetic.has_decimal(left) or arithmetic.has_decimal(right):
+            return self.numbers_agree(left, right, close_decimal)
+        try:
+            agree = self.numbers_agree(left, right, close)
+        except UnparsableError:  # no values to compare
+            proved = symbolic.equal(left, right)
+            if proved is None:
+                raise
+            return proved
+        if not agree or left == right:
+            return agree
+        proved = symbolic.equal(left, right)
+        return self.agree_closely(left, right) if proved is None else proved
+
+    def numbers_agree(self, left, right, same):
         agreed = 0
-        for a, b in pairs:
+        for index, (a, b) in enumerate(zip(self.values(left, "positive"), self.values(right, "positive"), strict=True)):
             if a is None or b is None:
                 continue
-            if not same(a, b) and not self.rounding_explains(left, right, a - b):
-                return False
+            if not same(a, b):
+                differ = self.gap_is_real(left, right, self.points["positive"][index])
+                if differ:
+                    return False
+                if differ is None:
+                    continue
             agreed += 1
         if agreed < (1 if self.constant else POINTS):
-            raise evaluate.UndefinedError("too few points where both sides have a value")
-        return self.constant or self.agree_below_zero(left, right, same)
+            raise arithmetic.UndefinedError("too few points where both sides have a value")
+        return self.constant or (self.real_values_agree(left, right, same, "mixed") and self.real_values_agree(left, right, same, "wide"))
 
-    def agree_below_zero(self, left, right, same):
-        """Tells |x| from x; points where a side is not real are skipped: \\ln(ab) is \\ln a + \\ln b all the same."""
-        for a, b in zip(self.values(left, self.mixed), self.values(right, self.mixed), strict=True):
+    def real_values_agree(self, left, right, same, where):
+        """Tells |x| from x, and |x - 5| from 5 - x. Points where a side is not real are skipped: \\ln(ab) is \\ln a + \\ln b."""
+        for index, (a, b) in enumerate(zip(self.values(left, where), self.values(right, where), strict=True)):
             real = a is not None and b is not None and mpmath.im(a) == 0 and mpmath.im(b) == 0
-            if real and not same(a, b) and not self.rounding_explains(left, right, a - b):
+            if real and not same(a, b) and self.gap_is_real(left, right, self.points[where][index]):
                 return False
         return True
 
-    def values(self, node, points):
-        """Values at the points, None where undefined. If even the tries run dry at TooLargeError, that is raised."""
-        points = points[:1] if self.constant else points
-        key = (node, points is self.mixed)
-        if key not in self.cache:
-            self.cache[key] = [value_at(node, point) for point in points]
-        return self.cache[key]
+    def values(self, node, where):
+        """Values at the points of one kind, None where there is none within the bounds."""
+        if (node, where) not in self.cache:
+            points = self.points[where][:1] if self.constant else self.points[where]
+            self.cache[node, where] = [value_at(node, point) for point in points]
+        return self.cache[node, where]
 
-    def rounding_explains(self, left, right, gap):
-        """True if the gap shrinks with the precision: cancellation, as in \\sin^2 x + \\cos^2 x - 1 against 0."""
-        if not mpmath.isfinite(gap) or abs(gap) > mpmath.mpf(10) ** (GUARD - DIGITS):
-            return False
-        for point in (self.positive[:1] if self.constant else self.positive[:3] + self.mixed):
-            a, b = value_at(left, point), value_at(right, point)
-            with mpmath.workdps(DIGITS + GUARD):
-                fine_a, fine_b = value_at(left, point), value_at(right, point)
-                if None in (a, b, fine_a, fine_b):
-                    continue
-                if abs(fine_a - fine_b) > abs(a - b) * mpmath.mpf(10) ** (5 - GUARD):
-                    return False
-        return True
+    def gap_is_real(self, left, right, point):
+        """True if the gap between two values stays as it is with more digits; False if it is rounding, and so shrinks.
+
+        Both happen at any size: \\cosh^2 90 - \\sinh^2 90 against 1 is wide open at 50 digits; \\pi and \\pi + 10^{-60} look equal.
+        None if no precision tells.
+        """
+        fine, finer = gap_at(left, right, point, FINE), gap_at(left, right, point, FINER)
+        if fine is None or finer is None:
+            return None
+        if not mpmath.isfinite(fine):
+            return True
+        if abs(fine - finer) * 1000 <= abs(fine):
+            return fine != 0
+        return False if abs(finer) <= abs(fine) * mpmath.mpf(10) ** ((FINE - FINER) // 2) else None
+
+    def agree_closely(self, left, right):
+        """A last look at a pair that SymPy leaves open: values that agree to 50 digits may differ at the 60th."""
+        points = self.points["positive"][:1 if self.constant else CLOSE_POINTS]
+        return not any(self.gap_is_real(left, right, point) for point in points)
 
 
-def _point(seed, names, index, mixed):
-    """A value in (0.25, 2.25) for each name, negative for about half of the names of a mixed point."""
+def _point(seed, names, index, mixed, scale=1):
+    """A value in (0.25, 2.25) * scale for each name, negative for about half of the names of a mixed point."""
     point = {}
     for name in names:
-        digest = hashlib.sha256(repr((seed, name, index, mixed)).encode("utf-8", "surrogatepass")).digest()
+        digest = hashlib.sha256(repr((seed, name, index, mixed, scale)).encode("utf-8", "surrogatepass")).digest()
         value = mpmath.mpf(int.from_bytes(digest[:8], "big")) / 2**63 + 0.25
+        value *= scale
         point[name] = -value if mixed and digest[8] % 2 else value
     if mixed and names and all(value > 0 for value in point.values()):
         point[names[index % len(names)]] *= -1
@@ -212,22 +244,30 @@ def _point(seed, names, index, mixed):
 
 def value_at(node, point):
     try:
-        return evaluate.numeric(node, point)
-    except evaluate.UndefinedError:
+        return arithmetic.numeric(node, point)
+    except (arithmetic.UndefinedError, TooLargeError):
         return None
+
+
+def gap_at(left, right, point, digits):
+    with mpmath.workdps(digits):
+        a, b = value_at(left, point), value_at(right, point)
+        if a is None or b is None:
+            return None
+        return mpmath.mpf(0) if a == b else a - b  # infinity equals itself
 
 
 def as_exact(node):
     """The node as an exact number with its way of writing, or None if it is irrational or has variables."""
     percent = node[0] == "percent"
-    value = evaluate.rational(node[1] if percent else node)
+    value = arithmetic.rational(node[1] if percent else node)
     if value is None:
         return None
     inner = node[1] if percent else node
     sign_dropped = inner[2] if inner[0] == "mul" and inner[1][1] == -1 else inner
     if sign_dropped[0] == "number":
         return Exact(value, sign_dropped[2], percent)
-    return Exact(value, 12 if evaluate.has_decimal(inner) else None, percent)
+    return Exact(value, 12 if arithmetic.has_decimal(inner) else None, percent)
 
 
 def close(a, b):
@@ -254,7 +294,7 @@ def is_name(node):
     if node[0] == "group":
         return all(is_name(item) for item in node[2])
     if node[0] == "mul":
-        return is_name(node[1]) and (is_name(node[2]))
+        return all(is_name(factor) for factor in node[1:])
     return node[0] == "symbol"
 
 

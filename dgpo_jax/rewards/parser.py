@@ -1,4 +1,4 @@
-"""A recursive-descent parser from tokens to a small syntax tree. Model text never reaches eval or SymPy.
+"""A recursive-descent parser from tokens to a small syntax tree. Model text never reaches eval or a parser of SymPy's.
 
 The tree is described in nodes.py.
 """

@@ -153,6 +153,7 @@ class _Feeder(threading.Thread):
         self.memory_mb = memory_mb
         self.process = None
         self.stopping = False
+        self.ready = threading.Event()  # set once the first process has started, or failed to
         self.lock = threading.Lock()  # over `process` and `stopping`
 
     def run(self):
@@ -180,6 +181,7 @@ class _Feeder(threading.Thread):
             self._ensure_process()
         except RuntimeError:
             self._discard()
+        self.ready.set()
 
     def _check(self, answer, extracted):
         """A status. A worker that dies gets one successor: its death may have had nothing to do with the answer."""
@@ -201,7 +203,8 @@ class _Feeder(threading.Thread):
             return
         paths = [_PACKAGE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         # Without gmpy2, Python's own big integers are slower but the same everywhere, and can be interrupted.
-        environment = {**os.environ, "PYTHONHASHSEED": "0", "MPMATH_NOGMPY": "1", "PYTHONPATH": os.pathsep.join(paths)}
+        fixed = {"PYTHONHASHSEED": "0", "MPMATH_NOGMPY": "1", "SYMPY_GROUND_TYPES": "python"}
+        environment = {**os.environ, **fixed, "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-m", "dgpo_jax.rewards.worker", str(self.memory_mb), str(os.getpid())]
         with self.lock:
             if self.stopping:

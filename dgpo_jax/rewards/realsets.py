@@ -8,7 +8,7 @@ import itertools
 
 import mpmath
 
-from dgpo_jax.rewards.evaluate import UndefinedError, numeric, symbols
+from dgpo_jax.rewards.arithmetic import UndefinedError, numeric, symbols
 from dgpo_jax.rewards.nodes import SCALARS
 from dgpo_jax.rewards.tokens import TooLargeError, UnparsableError
 

@@ -17,8 +17,7 @@ _PR_SET_PDEATHSIG = 1
 def main(memory_mb, parent):
     """Serves until the input closes."""
     _restrict(memory_mb, parent)
-    from dgpo_jax.rewards import equivalence, parser  # noqa: F401  loaded before the first deadline starts to count
-
+    _status("x", "\\sqrt{x^2 + 1}")  # imports SymPy and fills its tables before the first deadline starts to count
     _reply("ready")
     for line in sys.stdin:
         _reply(_status(*json.loads(line)))

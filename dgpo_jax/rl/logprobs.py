@@ -21,7 +21,7 @@ def token_logprobs(hidden, unembedding, tokens, *, temperature: float, chunk: in
         (logprobs f32[N, T], entropy f32[N, T], without gradient). Slot 0 of a row has nothing before it: its values
         mean nothing, and neither do those of the first slot of a segment; `loss_mask` is False there.
     """
-    rows, slots, width = hidden.shape
+    rows, slots = hidden.shape[:2]
     chunk = min(chunk, slots)
     chunks = -(-slots // chunk)
 

@@ -231,23 +231,32 @@ def inverse_cdf(probabilities, uniform):
         probabilities: f32[B, V], any positive sum.
         uniform: f32[B] in [0, 1).
     Returns:
-        i32[B]; never a token of probability 0, whatever the rounding: targets stay strictly below the sums.
+        i32[B]; never a token of probability 0, whatever the rounding.
     """
     rows, vocabulary = probabilities.shape
     blocks = -(-vocabulary // CDF_BLOCK)
     padded = jnp.pad(probabilities, [(0, 0), (0, blocks * CDF_BLOCK - vocabulary)])
     padded = padded.reshape(rows, blocks, CDF_BLOCK)
-    block_ends = jnp.cumsum(jnp.sum(padded, axis=2), axis=1)
+    block_sums = jnp.sum(padded, axis=2)
+    block_ends = jnp.cumsum(block_sums, axis=1)
     target = uniform * block_ends[:, -1]
-    block = _first_above(block_ends, target)
+    block = _first_above(block_sums, block_ends, target)
     before = jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0]
+    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
     target = target - jnp.where(block > 0, before, 0.0)
-    ends = jnp.cumsum(jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0], axis=1)
-    # The block's sum and its running sum may round apart; 1 - 2^-23 keeps the target inside.
-    target = jnp.minimum(target, ends[:, -1] * jnp.float32(1 - 2**-23))
-    return (block * CDF_BLOCK + _first_above(ends, target)).astype(jnp.int32)
+    return (block * CDF_BLOCK + _first_above(inside, jnp.cumsum(inside, axis=1), target)).astype(jnp.int32)
 
 
-def _first_above(ends, target):
-    """Index of the first entry of each ascending row of `ends` [B, X] that is above `target` [B]."""
-    return jnp.minimum(jnp.sum(ends <= target[:, None], axis=1), ends.shape[1] - 1)
+def _first_above(weights, ends, target):
+    """Index, per row, of the first positive entry whose running sum is above the target.
+
+    A parallel running sum adds in an order that depends on the place, so it may rise by rounding across a weight of 0
+    and end above the last positive one: zeros are passed over by name, and the target is held below every rounding.
+
+    Args:
+        weights, ends: f32[B, X] and its running sum.
+        target: f32[B].
+    """
+    ends = jnp.where(weights > 0, ends, -jnp.inf)
+    target = jnp.minimum(target, jnp.max(ends, axis=1) * jnp.float32(1 - 2**-23))
+    return jnp.argmax(ends > target[:, None], axis=1)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from dgpo_jax.rl.logprobs import token_logprobs
-from dgpo_jax.rl.losses import leaving_region, observe, token_loss
+from dgpo_jax.rl.losses import leaving_region, observe, resolve_settings, token_loss
 from dgpo_jax.types import TrainBatch, TrainState
 
 
@@ -73,6 +73,8 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
         shardings: every result is pinned to them; left open, layouts drift and the second call compiles again.
     """
 
+    settings = resolve_settings(loss.method, **loss.settings)
+
     def logprobs_of(params, batch: TrainBatch):
         hidden, _ = model.hidden(params, batch.tokens, batch.segment, batch.position)
         unembedding = model.unembedding(params).astype(hidden.dtype)
@@ -93,11 +95,10 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
         def batch_loss(params):
             logprobs, entropy = logprobs_of(params, batch)
             losses = token_loss(
-                loss.method, logprobs, batch.old_logprobs, batch.advantages, batch.segment, batch.loss_mask,
-                **loss.settings,
+                loss.method, logprobs, batch.old_logprobs, batch.advantages, batch.segment, batch.loss_mask, **settings
             )  # fmt: skip
             losses = losses / normaliser
-            return jnp.sum(losses), loss_totals(logprobs, entropy, losses, batch, loss.settings)
+            return jnp.sum(losses), loss_totals(logprobs, entropy, losses, batch, settings)
 
         gradients, totals = carry
         new_gradients, new_totals = jax.grad(batch_loss, has_aux=True)(params)
@@ -146,7 +147,8 @@ def loss_totals(logprobs, entropy, losses, batch: TrainBatch, settings: dict) ->
     logprobs, old_logprobs, entropy = (jnp.where(mask, x, 0.0) for x in (logprobs, batch.old_logprobs, entropy))
     tokens = observe(logprobs, old_logprobs, batch.advantages, batch.segment, mask)
     ratio = jnp.exp(tokens.log_ratio)
-    region = {name: settings.get(name) or 0.0 for name in ("clip_low", "clip_high")}
+    # A method that does not clip has no region to leave.
+    region = {"clip_low": settings.get("clip_low", 1.0), "clip_high": settings.get("clip_high", jnp.inf)}
     too_low, too_high = leaving_region(tokens, **region)
 
     def total(x):

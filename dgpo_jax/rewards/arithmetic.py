@@ -4,6 +4,7 @@ Every operation checks the size of what it is about to compute, so that the work
 """
 
 import functools
+import math
 import operator
 from fractions import Fraction
 
@@ -36,7 +37,12 @@ def rational(node):
     values = [rational(child) for child in node[1:] if isinstance(child, tuple)]
     if any(value is None for value in values):
         return None
-    compute = _EXACT.get(node[1] if head == "call" else head)
+    return exact_operation(node[1] if head == "call" else head, *values)
+
+
+def exact_operation(name, *values):
+    """The operation on `Fraction`s; None where its value is not rational or the operation is unknown. Raises as `rational`."""
+    compute = _EXACT.get(name)
     value = None if compute is None else compute(*values)
     if value is not None and max(value.numerator.bit_length(), value.denominator.bit_length()) > BITS_CAP:
         raise TooLargeError("exact value of too many digits")
@@ -85,6 +91,13 @@ def _binomial(n, k):
     return ways
 
 
+def _of_integers(function):
+    def on_integers(*values):
+        return Fraction(function(*map(int, values))) if all(value.denominator == 1 for value in values) else None
+
+    return on_integers
+
+
 _EXACT = {
     "add": lambda *terms: sum(terms, Fraction(0)),
     "mul": _product,
@@ -98,6 +111,8 @@ _EXACT = {
     "ceil": lambda a: Fraction(-(-a // 1)),
     "min": lambda *values: min(values),
     "max": lambda *values: max(values),
+    "gcd": _of_integers(math.gcd),
+    "lcm": _of_integers(math.lcm),
 }
 
 

@@ -1,0 +1,93 @@
+"""Chunked log-probabilities against the plain ones, and that the chunks are worth it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dgpo_jax.rl.logprobs import token_logprobs
+
+ROWS, SLOTS, WIDTH, VOCABULARY = 2, 10, 8, 37
+
+
+@pytest.fixture(autouse=True)
+def strict_promotion():
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=(ROWS, SLOTS, WIDTH)).astype(np.float32)
+    unembedding = rng.normal(size=(WIDTH, VOCABULARY)).astype(np.float32)
+    return hidden, unembedding, rng.integers(0, VOCABULARY, (ROWS, SLOTS)).astype(np.int32)
+
+
+def plain(hidden, unembedding, tokens, temperature):
+    """Slot t: what slot t - 1 says of token t; slot 0 is left out."""
+    logprobs = jax.nn.log_softmax(hidden[:, :-1] @ unembedding / temperature, axis=-1)
+    chosen = jnp.take_along_axis(logprobs, tokens[:, 1:, None], axis=-1)[..., 0]
+    return chosen, -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+@pytest.mark.parametrize("chunk, temperature", [
+    (1, 1.0), (5, 0.7), (10, 1.0),  # of 10 slots
+    (4, 1.0), (4, 0.7),  # does not divide them
+    (64, 1.0),  # more than there are
+])  # fmt: skip
+def test_chunks_change_neither_logprobs_nor_entropy(inputs, chunk, temperature):
+    logprobs, entropy = jax.jit(token_logprobs, static_argnames=("temperature", "chunk"))(
+        *inputs, temperature=temperature, chunk=chunk
+    )
+    assert logprobs.shape == entropy.shape == (ROWS, SLOTS)
+    expected = plain(*map(jnp.asarray, inputs), temperature)
+    np.testing.assert_allclose(logprobs[:, 1:], expected[0], atol=1e-5)
+    np.testing.assert_allclose(entropy[:, 1:], expected[1], atol=1e-5)
+
+
+def test_a_row_by_hand():
+    # The logits of slot 0 are (0, 2 log 3); divided by temperature 2 the odds are 1 to 3.
+    hidden = jnp.array([[[2 * np.log(3.0)], [50.0]]], jnp.float32)
+    logprobs, entropy = token_logprobs(
+        hidden, jnp.array([[0.0, 1.0]]), jnp.array([[1, 0]], jnp.int32), temperature=2.0, chunk=8
+    )
+    np.testing.assert_allclose(logprobs[0, 1], np.log(1 / 4), rtol=1e-6)
+    np.testing.assert_allclose(entropy[0, 1], -(np.log(1 / 4) / 4 + 3 * np.log(3 / 4) / 4), rtol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 5])
+def test_the_gradient_is_that_of_the_plain_formula(inputs, chunk):
+    hidden, unembedding, tokens = map(jnp.asarray, inputs)
+    pull = jnp.asarray(np.random.default_rng(1).normal(size=(ROWS, SLOTS - 1)), jnp.float32)
+
+    def chunked_sum(hidden, unembedding):
+        logprobs, entropy = token_logprobs(hidden, unembedding, tokens, temperature=0.7, chunk=chunk)
+        return jnp.sum(pull * logprobs[:, 1:]) + jnp.sum(entropy)  # the entropy is only watched: it adds nothing
+
+    def plain_sum(hidden, unembedding):
+        return jnp.sum(pull * plain(hidden, unembedding, tokens, 0.7)[0])
+
+    ours, expected = (jax.jit(jax.grad(f, argnums=(0, 1)))(hidden, unembedding) for f in (chunked_sum, plain_sum))
+    for one, other in zip(ours, expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+
+
+def test_the_logits_of_all_slots_are_never_held():
+    rows, slots, width, vocabulary = 2, 256, 8, 512
+    arguments = (
+        jax.ShapeDtypeStruct((rows, slots, width), jnp.float32),
+        jax.ShapeDtypeStruct((width, vocabulary), jnp.float32),
+        jax.ShapeDtypeStruct((rows, slots), jnp.int32),
+    )
+
+    def temporaries(chunk):
+        def total(hidden, unembedding, tokens):
+            return jnp.sum(token_logprobs(hidden, unembedding, tokens, temperature=1.0, chunk=chunk)[0])
+
+        compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arguments).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    all_logits = 4 * rows * slots * vocabulary  # 1 MiB
+    assert temporaries(chunk=slots) >= all_logits  # the measure sees them where they are
+    assert temporaries(chunk=8) < all_logits / 4  # a chunk's are 1/32 of it

@@ -1,0 +1,141 @@
+"""Packing: every token lands once, where its mask, segment and position say."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgpo_jax.rl.packing import Example, empty_batch, first_fit, pack, split_groups, to_examples
+from dgpo_jax.types import Prompts, Rollout
+
+
+def example(prompt, response, advantage=1.0):
+    """Log-probabilities are minus the token, so that a test can see which token they came with."""
+    response = np.array(response, np.int32)
+    return Example(np.array(prompt, np.int32), response, -response.astype(np.float32), advantage)
+
+
+@pytest.mark.parametrize("lengths, expected", [
+    ([], []),
+    ([5], [[0]]),  # exactly full
+    ([2, 3], [[1, 0]]),  # the longest first; the other still fits behind it
+    ([3, 3], [[0], [1]]),
+    ([1, 4, 2, 3], [[1, 0], [3, 2]]),  # by length 4, 3, 2, 1: 4 | 4, 3 | 2 behind 3 | 1 behind 4, the first that has room
+    ([2, 2, 2], [[0, 1], [2]]),  # equal lengths keep their order
+])
+def test_the_longest_is_placed_first_into_the_first_row_with_room(lengths, expected):
+    assert first_fit(lengths, 5) == expected
+
+
+def test_a_sequence_longer_than_a_row_is_refused_with_the_setting_that_helps():
+    with pytest.raises(ValueError, match=r"6 tokens does not fit a row of 5; raise update\.tokens_per_row"):
+        first_fit([2, 6], 5)
+    with pytest.raises(ValueError, match="6 tokens"):
+        pack([example([1, 2, 3], [4, 5, 6])], rows=1, tokens_per_row=5)
+
+
+def test_a_packed_row_by_hand():
+    # The longer sequence (4) comes first, the other (3) behind it, one slot is left.
+    short, long = example([7], [8, 9], advantage=-0.5), example([1, 2], [3, 4], advantage=2.0)
+    (batch,) = pack([short, long], rows=2, tokens_per_row=8, pad_id=99)
+    np.testing.assert_array_equal(batch.tokens[0], [1, 2, 3, 4, 7, 8, 9, 99])
+    np.testing.assert_array_equal(batch.segment[0], [1, 1, 1, 1, 2, 2, 2, 0])
+    np.testing.assert_array_equal(batch.position[0], [0, 1, 2, 3, 0, 1, 2, 0])
+    np.testing.assert_array_equal(batch.loss_mask[0], [0, 0, 1, 1, 0, 1, 1, 0])
+    np.testing.assert_array_equal(batch.old_logprobs[0], [0, 0, -3, -4, 0, -8, -9, 0])
+    np.testing.assert_array_equal(batch.advantages[0], [0, 0, 2, 2, 0, -0.5, -0.5, 0])
+    for filled, empty in zip(batch, empty_batch(2, 8, 99), strict=True):
+        np.testing.assert_array_equal(filled[1], empty[1])
+        assert filled.dtype == empty.dtype and filled.shape == (2, 8)
+
+
+def test_no_examples_make_no_microbatch():
+    assert pack([], rows=2, tokens_per_row=8) == []
+
+
+def test_rows_beyond_one_microbatch_go_to_the_next_and_the_last_is_filled_up():
+    batches = pack([example([1], [2] * 3)] * 5, rows=2, tokens_per_row=4)
+    assert [int(batch.segment.any(axis=1).sum()) for batch in batches] == [2, 2, 1]
+    assert {batch.tokens.shape for batch in batches} == {(2, 4)}
+
+
+LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 8)), max_size=20)
+
+
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 4), st.integers(13, 20))
+def test_every_token_lands_exactly_once(lengths, rows, tokens_per_row):
+    next_token, examples = 1, []
+    for prompt, response in lengths:  # every token of the whole batch is another number, the padding 0
+        numbers = np.arange(next_token, next_token + prompt + response)
+        examples.append(example(numbers[:prompt], numbers[prompt:], advantage=float(len(examples) + 1)))
+        next_token += prompt + response
+    batches = pack(examples, rows=rows, tokens_per_row=tokens_per_row)
+    found = []
+    for batch in batches:
+        assert batch.tokens.shape == (rows, tokens_per_row)
+        np.testing.assert_array_equal(batch.segment == 0, batch.tokens == 0)
+        for row in range(rows):
+            for segment in range(1, batch.segment[row].max() + 1):
+                found.append(unpack(batch, row, segment))
+    assert len(found) == len(examples)
+    for got, original in zip(sorted(found, key=lambda part: part.prompt[0]), examples, strict=True):
+        np.testing.assert_array_equal(got.prompt, original.prompt)
+        np.testing.assert_array_equal(got.response, original.response)
+        np.testing.assert_array_equal(got.logprobs, original.logprobs)
+        assert got.advantage == original.advantage
+
+
+def unpack(batch, row, segment):
+    """The Example in one segment, read back by the masks alone; checks that positions count from 0 without a gap."""
+    slots = np.flatnonzero(batch.segment[row] == segment)
+    np.testing.assert_array_equal(slots, np.arange(slots[0], slots[0] + len(slots)))
+    np.testing.assert_array_equal(batch.position[row, slots], np.arange(len(slots)))
+    learned = slots[batch.loss_mask[row, slots]]
+    prompt = slots[~batch.loss_mask[row, slots]]
+    assert prompt.max() < learned.min()
+    (advantage,) = set(batch.advantages[row, learned].tolist())
+    return Example(batch.tokens[row, prompt], batch.tokens[row, learned], batch.old_logprobs[row, learned], advantage)
+
+
+def test_the_padding_of_a_rollout_is_cut_off():
+    prompts = Prompts(np.array([[0, 5], [6, 7]], np.int32), np.array([[False, True], [True, True]]))
+    rollout = Rollout(
+        response=np.array([[1, 2, 3], [9, 0, 0], [4, 9, 0], [8, 8, 9]], np.int32),  # 9 is the stop token
+        response_mask=np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]], bool),
+        logprobs=-np.arange(12, dtype=np.float32).reshape(4, 3),
+        truncated=np.array([True, False, False, False]),
+    )
+    first, second = to_examples(prompts, rollout, np.array([0.1, 0.2, 0.3, 0.4], np.float32), [1, 2])
+    # Row 1 is sample 1 of prompt 0: the stop token came first, so that the response is that token alone.
+    np.testing.assert_array_equal(np.concatenate([first.prompt, first.response]), [5, 9])
+    np.testing.assert_array_equal(first.logprobs, [-3])
+    assert first.advantage == pytest.approx(0.2)
+    # Row 2 is sample 0 of prompt 1.
+    np.testing.assert_array_equal(np.concatenate([second.prompt, second.response]), [6, 7, 4, 9])
+    np.testing.assert_array_equal(second.logprobs, [-6, -7])
+
+
+def test_a_response_of_one_token_is_learned_from():
+    (batch,) = pack([example([5], [9])], rows=1, tokens_per_row=4)
+    np.testing.assert_array_equal(batch.loss_mask, [[False, True, False, False]])
+
+
+def test_groups_are_split_evenly_and_each_is_used_once():
+    split = split_groups(12, 3, seed=0, iteration=1)
+    assert split.shape == (3, 4)
+    assert sorted(split.reshape(-1).tolist()) == list(range(12))
+
+
+def test_the_split_depends_on_seed_and_iteration_and_nothing_else():
+    first = split_groups(12, 3, seed=0, iteration=1)
+    np.testing.assert_array_equal(split_groups(12, 3, seed=0, iteration=1), first)
+    assert (split_groups(12, 3, seed=0, iteration=2) != first).any()
+    assert (split_groups(12, 3, seed=1, iteration=1) != first).any()
+    # The order is the same however many updates it is cut into.
+    np.testing.assert_array_equal(split_groups(12, 1, seed=0, iteration=1).reshape(3, 4), first)
+
+
+def test_groups_that_do_not_divide_into_the_updates_are_refused():
+    with pytest.raises(ValueError):
+        split_groups(10, 3, seed=0, iteration=1)

@@ -22,18 +22,19 @@ def get_config() -> Config:
     """The settings of the run; the command line can change any of them."""
     return Config(
         name="smoke",
-        iterations=30,
+        iterations=20,
         model=ModelConfig(
-            vocab_size=192, width=128, layers=4, heads=4, key_heads=2, head_width=32, mlp_width=512, remat="none"
+            vocab_size=192, width=128, layers=4, heads=4, key_heads=2, head_width=32, mlp_width=512,
+            initializer_std=0.08, remat="none",
         ),
         data=DataConfig(
             train="generated:arithmetic/train", held_out="generated:arithmetic/test", tokenizer="builtin:words",
-            template="plain", low=0, high=9,
+            template="plain", low=0, high=9, slips=0.2, unmarked=0.6,
         ),
         rollout=RolloutConfig(prompts=32, group_size=8, max_prompt=32, max_response=16),
         update=UpdateConfig(updates=4, tokens_per_row=256, tokens_per_device=2560, logprob_chunk=256),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_iterations=2, beta2=0.99, weight_decay=0.0),
-        sft=SftConfig(updates=80, examples=64, learning_rate=3e-3),
-        eval=EvalConfig(every=10, problems=128, samples=8),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_iterations=2, beta2=0.99, weight_decay=0.0),
+        sft=SftConfig(updates=220, examples=64, learning_rate=3e-3),
+        eval=EvalConfig(every=5, problems=128, samples=8),
         checkpoint=CheckpointConfig(every=5),
     )  # fmt: skip

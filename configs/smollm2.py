@@ -23,6 +23,7 @@ from dgpo_jax.config import (
     OptimizerConfig,
     RewardConfig,
     RolloutConfig,
+    SftConfig,
     UpdateConfig,
 )
 
@@ -34,13 +35,17 @@ def get_config() -> Config:
         iterations=30,
         model=ModelConfig(
             path="models/smollm2", vocab_size=49152, layers=30, width=576, heads=9, key_heads=3, head_width=64,
-            mlp_width=1536, qkv_bias=False, tied_embeddings=True, rope_theta=100000.0, norm_eps=1e-5, remat="dots",
+            mlp_width=1536, qkv_bias=False, tied_embeddings=True, rope_theta=100000.0, norm_eps=1e-5, remat="none",
         ),
-        data=DataConfig(train="generated:words/train", held_out="generated:words/test"),
-        rollout=RolloutConfig(prompts=8, group_size=8, max_prompt=96, max_response=48),
+        data=DataConfig(
+            train="generated:words/train", held_out="generated:words/test", operations="add,subtract",
+            system="You solve problems.",
+        ),
+        rollout=RolloutConfig(prompts=8, group_size=8, max_prompt=64, max_response=48),
         reward=RewardConfig(extract="last"),
-        update=UpdateConfig(updates=4, tokens_per_row=256, tokens_per_device=1024, logprob_chunk=64),
+        update=UpdateConfig(updates=4, tokens_per_row=256, tokens_per_device=512, logprob_chunk=128),
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_iterations=2, weight_decay=0.0),
-        eval=EvalConfig(every=10, problems=64, samples=0),
+        sft=SftConfig(updates=12, examples=14, learning_rate=2e-5, warmup_updates=3, log_every=4),
+        eval=EvalConfig(every=10, problems=64, samples=4),
         checkpoint=CheckpointConfig(every=10),
     )  # fmt: skip

@@ -108,7 +108,7 @@ def build_problems(config: Config, tokenizer: Tokenizer, template: Template):
 def load(data: DataConfig, source: str, seed: int) -> Sequence[Problem]:
     """The problems of one source, with the settings of `data`."""
     return load_problems(
-        source, size=data.size, seed=seed, low=data.low, high=data.high, operations=data.operations, slips=data.slips,
+        source, size=data.size, seed=seed, low=data.low, high=data.high, operations=data.operations, slips=data.slips, unmarked=data.unmarked,
         problem_field=data.problem_field, answer_field=data.answer_field,
         data_dir=data.data_dir or None, manual_dir=data.manual_dir or None,
     )  # fmt: skip

@@ -86,7 +86,8 @@ class DataConfig:
     low: int | None = None  # smallest number in a generated problem; None = the kind's own
     high: int | None = None  # largest number in a generated problem; None = the kind's own
     operations: str = ""  # of generated problems, such as 'add,subtract'; '' = all that the kind has
-    slips: float = 0.0  # share of generated worked solutions with a wrong operation: a careless teacher for the warm start
+    slips: float = 0.0  # share of generated worked solutions that use a wrong operation: a careless teacher for the warm start
+    unmarked: float = 0.0  # share of generated worked solutions that do not mark their answer
     data_dir: str = ""  # where built TFDS sets are kept; '' = TFDS's own default
     manual_dir: str = ""  # where files for TFDS were put by hand, on machines without a network
     problem_field: str = "problem"  # JSONL field with the question

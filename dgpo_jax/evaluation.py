@@ -25,11 +25,11 @@ def make_evaluation(config: Config, parts: Parts, pool) -> Callable[..., tuple[d
             parts, config.rollout, group_size=config.eval.samples, temperature=config.eval.temperature
         )
     rollouts = {name: make_rollout(parts, sampling, config.rollout.max_prompt) for name, sampling in rounds.items()}
-    size = batch_size(config, parts)
 
     def evaluate(params, progress=lambda: None):
         metrics, rows = {}, []
         for name, rollout in rollouts.items():
+            size = batch_size(config, parts, rounds[name].group_size)
             correct, total, lengths = 0, 0, []
             for first in range(0, len(parts.held_out), size):
                 problems = parts.held_out[first : first + size]
@@ -52,10 +52,14 @@ def make_evaluation(config: Config, parts: Parts, pool) -> Callable[..., tuple[d
     return evaluate
 
 
-def batch_size(config: Config, parts: Parts) -> int:
-    """Held-out problems sampled at once: as many as a rollout has prompts, or all of them if they are fewer."""
-    fewest = -(-max(1, len(parts.held_out)) // parts.replicas) * parts.replicas
-    return min(config.rollout.prompts, fewest)
+def batch_size(config: Config, parts: Parts, group_size: int) -> int:
+    """Held-out problems sampled at once: as many responses as in a rollout, or all problems if they are fewer."""
+
+    def in_replicas(problems: int) -> int:
+        return -(-max(1, problems) // parts.replicas) * parts.replicas
+
+    responses = config.rollout.prompts * config.rollout.group_size
+    return min(in_replicas(responses // group_size), in_replicas(len(parts.held_out)))
 
 
 def pad_problems(problems: list[Problem], size: int) -> list[Problem]:

@@ -44,7 +44,8 @@ class Kind(NamedTuple):
     names: tuple[str, ...]
     things: tuple[str, ...]
     templates: dict[str, tuple[str, ...]]  # operation -> texts with {name} {other} {thing} {a} {b}
-    solution: str  # with {a} {sign} {b} {answer}
+    solution: str  # with {a} {sign} {b} {answer}; marks its answer as the grader wants it
+    unmarked: str  # the same without the mark
     low: int  # smallest number drawn, by default
     high: int  # largest number drawn, by default
 
@@ -65,6 +66,7 @@ ARITHMETIC = Kind(
         ),
     },
     solution="{a} {sign} {b} = \\boxed{{{answer}}}",
+    unmarked="{a} {sign} {b} = {answer}",
     low=0,
     high=20,
 )
@@ -137,6 +139,7 @@ WORDS = Kind(
         ),
     },
     solution="{a} {sign} {b} = {answer}. The answer is {answer}.",
+    unmarked="{a} {sign} {b} = {answer}.",
     low=2,
     high=20,
 )
@@ -158,14 +161,14 @@ class GeneratedProblems(Sequence):
         low, high: the two numbers of a question are drawn from low..high, both included (for "share": the
             divisor and the answer); None means the kind's own range.
         operations: comma-separated keys of OPERATIONS; "" means all that the kind has.
-        slips: share of the worked solutions that use a wrong operation, done right; the answer stays true. A model
-            that learns from them can calculate and has yet to find out when to do what: a warm start that leaves
-            something to learn from rewards.
+        slips: share of the worked solutions that use a wrong operation, done right.
+        unmarked: share of the worked solutions that do not mark their answer. Such a careless teacher makes a warm
+            start that can calculate and leaves something to learn from rewards; `answer` is true all the same.
     Raises:
         ValueError: a setting outside these rules.
     """
 
-    def __init__(self, kind, size, seed=0, *, split="train", low=None, high=None, operations="", slips=0.0):
+    def __init__(self, kind, size, seed=0, *, split="train", low=None, high=None, operations="", slips=0.0, unmarked=0.0):
         _check_choice("generated problems", kind, KINDS)
         _check_choice("split", split, SPLITS)
         self.kind, self.size, self.seed, self.split = kind, size, seed, split
@@ -175,7 +178,7 @@ class GeneratedProblems(Sequence):
         self.operations = [name.strip() for name in operations.split(",")] if operations else [*self.material.templates]
         for name in self.operations:
             _check_choice("operations", name, self.material.templates)
-        self.slips = slips
+        self.slips, self.unmarked = slips, unmarked
         self._check_numbers()
 
     def _check_numbers(self):
@@ -183,8 +186,9 @@ class GeneratedProblems(Sequence):
             raise ValueError(f"size {self.size} of generated problems is below 1; ask for at least one.")
         if self.seed < 0:
             raise ValueError(f"seed {self.seed} is negative; use 0 or more.")
-        if not 0 <= self.slips <= 1:
-            raise ValueError(f"slips {self.slips} is a share of the solutions; use 0 to 1.")
+        for name in ("slips", "unmarked"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} {getattr(self, name)} is a share of the solutions; use 0 to 1.")
         if not 0 <= self.low <= self.high:
             raise ValueError(f"numbers {self.low}..{self.high}: need 0 <= low <= high; change low or high.")
         if self.low == 0 and "share" in self.operations:
@@ -225,14 +229,16 @@ class GeneratedProblems(Sequence):
         first, second, answer = arrange(x, y)
         template = material.templates[operation][number]
         worked = answer
-        if self.slips and random.random() < self.slips:  # drawn last: slips change nothing else of the problem
+        # Drawn last, so that carelessness changes nothing else of the problem.
+        if random.random() < self.slips:
             sign, worked = self._slip(operation, first, second, random)
+        solution = material.unmarked if random.random() < self.unmarked else material.solution
         return Problem(
             id=f"{self.kind}-{self.split}-{self.seed}-{index}",
             problem=template.format(name=name, other=other, thing=thing, a=first, b=second),
             answer=str(answer),
             source=f"generated:{self.kind}",
-            solution=material.solution.format(a=first, sign=sign, b=second, answer=worked),
+            solution=solution.format(a=first, sign=sign, b=second, answer=worked),
         )
 
     def _slip(self, operation, first, second, random):

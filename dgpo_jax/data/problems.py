@@ -21,6 +21,7 @@ def load_problems(
     high: int | None = None,
     operations: str = "",
     slips: float = 0.0,
+    unmarked: float = 0.0,
     problem_field: str = "problem",
     answer_field: str = "answer",
     data_dir: str | None = None,
@@ -31,7 +32,7 @@ def load_problems(
     Args:
         source: `generated:KIND/SPLIT` such as `generated:words/test`, `PATH.jsonl`, or `tfds:NAME/SPLIT` such as
             `tfds:gsm8k/train`; without /SPLIT it is train.
-        size, seed, low, high, operations, slips: of generated problems, see `GeneratedProblems`.
+        size, seed, low, high, operations, slips, unmarked: of generated problems, see `GeneratedProblems`.
         problem_field, answer_field: names in a JSONL file.
         data_dir, manual_dir: of TFDS; where built sets are kept, and where files fetched by hand lie.
     Returns:
@@ -44,7 +45,10 @@ def load_problems(
     scheme, _, rest = source.partition(":")
     name, _, split = rest.partition("/")
     if scheme == "generated":
-        return GeneratedProblems(name, size, seed, split=split or "train", low=low, high=high, operations=operations, slips=slips)
+        return GeneratedProblems(
+            name, size, seed, split=split or "train", low=low, high=high, operations=operations, slips=slips,
+            unmarked=unmarked,
+        )  # fmt: skip
     if scheme == "tfds":
         from dgpo_jax.data import tfds_builders  # a second of import that other sources need not pay
 

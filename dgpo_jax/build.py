@@ -17,8 +17,7 @@ from dgpo_jax.config import Config, DataConfig
 from dgpo_jax.data.problems import ProblemStream, load_problems
 from dgpo_jax.data.prompts import Template, fit_prompts
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
-from dgpo_jax.models import Model
-from dgpo_jax.models.hf import config_from_folder, load_parameters
+from dgpo_jax.models import Model, config_from_folder, load_parameters, resolve_folder
 from dgpo_jax.models.parameters import abstract_parameters, decays, parameter_shardings
 from dgpo_jax.rl.losses import resolve_settings
 from dgpo_jax.rl.optimizer import make_optimizer
@@ -31,6 +30,7 @@ class Parts(NamedTuple):
     """What a run is made of, the weights apart."""
 
     mesh: Mesh
+    folder: str  # with the pretrained weights; "" = random weights
     tokenizer: Tokenizer
     template: Template
     stream: ProblemStream  # training problems in their shuffled order
@@ -54,11 +54,12 @@ def build_parts(config: Config) -> Parts:
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_rows(config, mesh)
-    model_config = config.model
+    model_config, folder = config.model, ""
     if model_config.path:
-        model_config = replace(model_config, **config_from_folder(model_config.path))
+        folder = str(resolve_folder(model_config.path))
+        model_config = replace(model_config, **config_from_folder(folder))
     model = Model(model_config, mesh)
-    tokenizer = build_tokenizer(config)
+    tokenizer = build_tokenizer(config, folder)
     if tokenizer.vocab_size > model_config.vocab_size:
         raise ValueError(
             f"model.vocab_size is {model_config.vocab_size}, but tokenizer {tokenizer.name!r} has {tokenizer.vocab_size}"
@@ -68,7 +69,7 @@ def build_parts(config: Config) -> Parts:
     stream, held_out, dropped = build_problems(config, tokenizer, template)
     optimizer = make_optimizer(config.optimizer, decays(model_config))
     shardings = build_shardings(model, optimizer)
-    return Parts(mesh, tokenizer, template, stream, held_out, dropped, model, optimizer, shardings)
+    return Parts(mesh, folder, tokenizer, template, stream, held_out, dropped, model, optimizer, shardings)
 
 
 def check_rows(config: Config, mesh: Mesh) -> None:
@@ -81,9 +82,9 @@ def check_rows(config: Config, mesh: Mesh) -> None:
         )
 
 
-def build_tokenizer(config: Config) -> Tokenizer:
-    """The tokenizer that data.tokenizer names, or else the model's own."""
-    name = config.data.tokenizer or config.model.path
+def build_tokenizer(config: Config, folder: str) -> Tokenizer:
+    """The tokenizer that data.tokenizer names, or else the one in the model's folder."""
+    name = config.data.tokenizer or folder
     if not name:
         raise ValueError("data.tokenizer is empty and so is model.path; name a folder, or builtin:words.")
     return load_tokenizer(name)
@@ -142,8 +143,8 @@ def build_state(config: Config, parts: Parts) -> TrainState:
     Raises:
         ValueError: the folder's tensors are not those of the model.
     """
-    if config.model.path:
-        params = load_parameters(config.model.path, parts.model.config, parts.mesh)
+    if parts.folder:
+        params = load_parameters(parts.folder, parts.model.config, parts.mesh)
     else:
         params = parts.model.init(jax.random.key(config.seed))
     return fresh_state(parts, params)

@@ -13,7 +13,7 @@ from dgpo_jax.types import STATUSES, Problem
 
 
 def make_evaluation(config: Config, parts: Parts, pool) -> Callable[..., tuple[dict, list[dict]]]:
-    """Returns the function (decode params, progress) -> (metrics, rows of responses).
+    """Returns the function decode params -> (metrics, rows of responses).
 
     Metrics: `eval/greedy` and, with k = eval.samples, `eval/avg@k`: the share of right answers, over all held-out
     problems. The samples' keys depend on the seed only, so that evaluations differ in their weights and in nothing
@@ -26,7 +26,7 @@ def make_evaluation(config: Config, parts: Parts, pool) -> Callable[..., tuple[d
         )
     rollouts = {name: make_rollout(parts, sampling, config.rollout.max_prompt) for name, sampling in rounds.items()}
 
-    def evaluate(params, progress=lambda: None):
+    def evaluate(params):
         metrics, rows = {}, []
         for name, rollout in rollouts.items():
             size = batch_size(config, parts, rounds[name].group_size)
@@ -43,7 +43,6 @@ def make_evaluation(config: Config, parts: Parts, pool) -> Callable[..., tuple[d
                 rewards = np.array([verdict.correct for verdict in verdicts] + [0] * (len(responses.texts) - real))
                 padded = [*verdicts, *verdicts[-1:] * (len(responses.texts) - real)]
                 rows += [{"round": name} | row for row in to_rows(responses, padded, rewards)[:real]]
-                progress()
             if total:
                 metrics[name] = correct / total
                 metrics[f"{name}_length"] = float(np.mean(lengths))

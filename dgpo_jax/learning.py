@@ -15,12 +15,16 @@ from dgpo_jax.sharding import to_device, to_host
 from dgpo_jax.types import TrainBatch, TrainState
 
 
-def learn(config: Config, parts: Parts, programs: Programs, state: TrainState, responses: Responses, advantages, iteration):
+def learn(
+    config: Config, parts: Parts, programs: Programs, state: TrainState, responses: Responses, advantages, iteration,
+    skipped: int = 0,
+):  # fmt: skip
     """All updates of one iteration.
 
     Args:
         advantages: f32[Q, G].
         iteration: counts from 1.
+        skipped: updates skipped in a row just before.
     Returns:
         (TrainState, metrics).
     """
@@ -35,10 +39,12 @@ def learn(config: Config, parts: Parts, programs: Programs, state: TrainState, r
     results, gap, rate = to_host((results, gap, rate))
     seconds = time.perf_counter() - began
     packed = sum(batch.tokens.size for _, batches in minibatches for batch in batches)
+    for _, figures in results:
+        skipped = skipped + 1 if figures.skipped else 0
     metrics = policy_metrics(results) | gap_metrics(gap) | {
+        "optim/skipped_in_a_row": skipped,
         "optim/learning_rate": float(rate),
         "update/microbatches": sum(len(batches) for _, batches in minibatches),
-        "time/update": seconds,
         "speed/update_tokens_per_second_per_device": packed / seconds / parts.mesh.size,
     }
     return state, metrics

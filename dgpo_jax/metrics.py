@@ -256,12 +256,13 @@ def progress(description: str, total: int | None) -> Iterator[Callable[..., None
 
         with progress("sampling", total=64) as advance:
             advance(4)
+            advance(0, "checking")
 
     Args:
         total: how many advances make it complete; None for a spinner with the time spent, as for a compilation.
     """
     if not sys.stdout.isatty():
-        yield lambda count=1: None
+        yield lambda count=1, description=None: None
         return
     from rich import progress as bars
 
@@ -269,7 +270,7 @@ def progress(description: str, total: int | None) -> Iterator[Callable[..., None
     columns = (bars.SpinnerColumn(), bars.TextColumn("{task.description}"), *counted, bars.TimeElapsedColumn())
     with bars.Progress(*columns, console=_terminal(), transient=True) as bar:
         task = bar.add_task(description, total=total)
-        yield lambda count=1: bar.update(task, advance=count)
+        yield lambda count=1, description=None: bar.update(task, advance=count, description=description)
 
 
 @functools.cache

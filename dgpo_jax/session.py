@@ -85,9 +85,14 @@ def say(text: str) -> None:
 
 
 class Stopwatch:
-    """Seconds of the parts of an iteration: `with stopwatch("rollout"): ...` adds to time/rollout."""
+    """Seconds of the parts of an iteration: `with stopwatch("rollout"): ...` adds to time/rollout.
 
-    def __init__(self):
+    Args:
+        show: told the name of each part as it begins, for a progress bar.
+    """
+
+    def __init__(self, show: Callable[[str], object]):
+        self.show = show
         self.seconds: dict[str, float] = {}
         self._compiling = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
@@ -100,7 +105,7 @@ class Stopwatch:
         return _Part(self, name)
 
     def take(self) -> dict[str, float]:
-        """The seconds since the last call, as metrics, compilation apart (it is inside the other parts too)."""
+        """The seconds since the last call, as metrics; those of compilation are inside the other parts too."""
         seconds, self.seconds = self.seconds, {}
         compiling, self._compiling = self._compiling, 0.0
         return {f"time/{name}": value for name, value in seconds.items()} | {"time/compile": compiling}
@@ -111,6 +116,7 @@ class _Part:
         self.stopwatch, self.name = stopwatch, name
 
     def __enter__(self):
+        self.stopwatch.show(self.name)
         self.began = time.perf_counter()
 
     def __exit__(self, *exception):

@@ -26,11 +26,11 @@ from dgpo_jax.build import (
     fresh_state,
     make_decode_params,
 )
-from dgpo_jax.checkpoint import Checkpoints
+from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation import count_statuses, make_evaluation
 from dgpo_jax.learning import learn
-from dgpo_jax.metrics import MetricsWriter, progress
+from dgpo_jax.metrics import MetricsWriter, progress, read_metrics
 from dgpo_jax.plan import print_plan
 from dgpo_jax.plots import plot_curves
 from dgpo_jax.rewards.pool import VerifierPool
@@ -52,6 +52,10 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     """
     workdir = Path(workdir)
     claim_workdir(config, workdir)
+    found = peek(workdir / "checkpoints")
+    if found and found[0] >= config.iterations > 0:
+        say(f"nothing to do: all {config.iterations} iterations were done before; raise iterations to go on")
+        return finish(config, workdir)
     parts = build_parts(config)
     print_plan(config, parts, workdir)
     programs, decode_params = build_programs(config, parts), make_decode_params(parts)
@@ -59,7 +63,6 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
         parts, config.rollout, group_size=config.rollout.group_size, temperature=config.rollout.temperature
     )
     rollout = make_rollout(parts, sampling, config.rollout.max_prompt)
-    stopwatch, metrics = Stopwatch(), {}
 
     with (
         VerifierPool(config.reward.workers, config.reward.deadline_s, config.reward.extract, config.reward.memory_mb) as pool,
@@ -70,8 +73,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
         done, state, skipped = find_start(config, parts, checkpoints, workdir)
         with (
             MetricsWriter(workdir, resume_iteration=done + 1 if done else 0) as writer,
+            progress("iterations", config.iterations) as advance,
             jax.transfer_guard("disallow"),
         ):
+            advance(done)
+            stopwatch = Stopwatch(show=lambda part: advance(0, part))
             if not done:
                 evaluation(evaluate, decode_params(state.params), writer, 0, stopwatch, {})
             for iteration in range(done + 1, config.iterations + 1):
@@ -95,7 +101,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
                     # Act 4, updates: several optimizer steps on shares of the groups.
                     del weights  # the copy for decoding would otherwise live through the updates
-                    state, learned = learn(config, parts, programs, state, responses, advantages, iteration)
+                    with stopwatch("update"):
+                        state, learned = learn(
+                            config, parts, programs, state, responses, advantages, iteration, skipped
+                        )
+                    skipped = check_skipped(config, learned["optim/skipped_in_a_row"])
 
                 metrics = rollout_metrics(config, responses, rewards) | count_statuses(verdicts) | learned
                 metrics |= stopwatch.take() | memory_metrics() | {"data/position": position + config.rollout.prompts}
@@ -107,15 +117,14 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
                 last = iteration == config.iterations
                 due = last or (config.eval.every and iteration % config.eval.every == 0)
                 weights = decode_params(state.params) if due else None
-                metrics = evaluation(evaluate, weights, writer, iteration, stopwatch, metrics)
-                skipped = check_skipped(config, metrics, skipped)
+                evaluation(evaluate, weights, writer, iteration, stopwatch, metrics)
 
                 # Act 6, checkpoint: from here the run can go on after a kill.
                 if last or iteration % config.checkpoint.every == 0:
                     checkpoints.save(iteration, state, {"skipped_in_a_row": skipped})
+                advance()
         checkpoints.wait()
-    finish(config, workdir, done)
-    return metrics
+    return finish(config, workdir)
 
 
 def check_golds(pool: VerifierPool, parts: Parts) -> None:
@@ -165,27 +174,25 @@ def rollout_metrics(config: Config, responses: Responses, rewards: np.ndarray) -
     }
 
 
-def evaluation(evaluate, weights, writer: MetricsWriter, iteration: int, stopwatch: Stopwatch, metrics: dict) -> dict:
-    """Evaluates unless `weights` is None, and writes the iteration's line of metrics; returns all of it."""
+def evaluation(evaluate, weights, writer: MetricsWriter, iteration: int, stopwatch: Stopwatch, metrics: dict) -> None:
+    """Evaluates unless `weights` is None, and writes the iteration's line of metrics."""
     if weights is not None:
-        with stopwatch("eval"), progress(f"evaluation after iteration {iteration}", None) as advance:
-            scores, rows = evaluate(weights, advance)
+        with stopwatch("eval"):
+            scores, rows = evaluate(weights)
         if rows:
             writer.write_eval(iteration, rows)
-        metrics = metrics | scores | stopwatch.take()
+        times = stopwatch.take()
+        times["time/compile"] += metrics.get("time/compile", 0.0)
+        metrics = metrics | scores | times
     writer.write(iteration, metrics)
-    return metrics
 
 
-def check_skipped(config: Config, metrics: dict, before: int) -> int:
-    """Counts updates skipped in a row, to the iteration; stops the run when there are too many.
+def check_skipped(config: Config, skipped: int) -> int:
+    """Stops the run when too many updates in a row had no finite gradient; else returns their number.
 
     Raises:
         ValueError: with what happened; the last checkpoint is intact.
     """
-    if metrics["optim/skipped"] < config.update.updates:
-        return 0
-    skipped = before + int(metrics["optim/skipped"])
     if skipped >= config.optimizer.max_skipped:
         raise ValueError(
             f"{skipped} updates in a row had a gradient that is not finite, and optimizer.max_skipped is"
@@ -194,15 +201,14 @@ def check_skipped(config: Config, metrics: dict, before: int) -> int:
     return skipped
 
 
-def finish(config: Config, workdir: Path, done: int) -> None:
-    """Draws the curves and says where everything is."""
+def finish(config: Config, workdir: Path) -> dict[str, float]:
+    """Draws the curves, says where everything is, and returns the last line of metrics."""
     plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=config.name)
-    if done >= config.iterations:
-        say(f"nothing to do: all {config.iterations} iterations were done before; raise iterations to go on")
     say(f"curves       {workdir}/curves.png")
     say(f"metrics      {workdir}/metrics.jsonl  (tensorboard --logdir {workdir}/tensorboard)")
     say(f"responses    {workdir}/rollouts/  {workdir}/eval/")
     say(f"checkpoints  {workdir}/checkpoints/")
+    return read_metrics(workdir / "metrics.jsonl")[-1]
 
 
 if __name__ == "__main__":

@@ -32,20 +32,20 @@ def get_config() -> Config:
     """The settings of the run; the command line can change any of them."""
     return Config(
         name="smollm2",
-        iterations=30,
+        iterations=25,
         model=ModelConfig(
             path="models/smollm2", vocab_size=49152, layers=30, width=576, heads=9, key_heads=3, head_width=64,
             mlp_width=1536, qkv_bias=False, tied_embeddings=True, rope_theta=100000.0, norm_eps=1e-5, remat="none",
         ),
         data=DataConfig(
-            train="generated:words/train", held_out="generated:words/test", operations="add,subtract",
+            train="generated:words/train", held_out="generated:words/test", operations="add,subtract", low=2, high=10,
             system="You solve problems.",
         ),
         rollout=RolloutConfig(prompts=8, group_size=8, max_prompt=64, max_response=48),
         reward=RewardConfig(extract="last"),
         update=UpdateConfig(updates=4, tokens_per_row=256, tokens_per_device=512, logprob_chunk=128),
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_iterations=2, weight_decay=0.0),
-        sft=SftConfig(updates=12, examples=14, learning_rate=2e-5, warmup_updates=3, log_every=4),
-        eval=EvalConfig(every=10, problems=64, samples=4),
+        sft=SftConfig(updates=5, examples=14, learning_rate=2e-5, warmup_updates=2, log_every=1),
+        eval=EvalConfig(every=5, problems=64, samples=4),
         checkpoint=CheckpointConfig(every=10),
     )  # fmt: skip

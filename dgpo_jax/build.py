@@ -165,12 +165,16 @@ def fresh_state(parts: Parts, params) -> TrainState:
 
 def build_programs(config: Config, parts: Parts) -> Programs:
     """The programs of a policy update."""
-    settings = {name: getattr(config.loss, name) for name in resolve_settings(config.loss.method)}
     loss = LossSettings(
-        config.loss.method, resolve_settings(config.loss.method, **settings), config.rollout.temperature,
-        config.update.logprob_chunk,
-    )  # fmt: skip
+        config.loss.method, loss_settings(config), config.rollout.temperature, config.update.logprob_chunk
+    )
     return make_programs(parts.model, parts.optimizer, loss, parts.shardings)
+
+
+def loss_settings(config: Config) -> dict[str, float | None]:
+    """The settings that the method reads, with the published values where the config leaves them open."""
+    names = resolve_settings(config.loss.method)
+    return resolve_settings(config.loss.method, **{name: getattr(config.loss, name) for name in names})
 
 
 def make_decode_params(parts: Parts):

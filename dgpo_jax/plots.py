@@ -25,7 +25,7 @@ PANELS = (
     Panel(
         "Reward and held-out accuracy",
         "mean per response",
-        ("reward/mean", "reward/correct", "eval/*[0-9]", "eval/*greedy"),
+        ("reward/mean", "eval/*[0-9]", "eval/*greedy"),
     ),
     Panel("Response length", "tokens", ("rollout/*length*", "eval/*length*"), zero_based=True),
     Panel("Entropy", "nats per token", ("policy/entropy",), zero_based=True),
@@ -34,7 +34,7 @@ PANELS = (
     Panel(
         "Time per iteration",
         "seconds",
-        ("time/rollout", "time/verify", "time/update", "time/eval*", "time/save"),
+        ("time/rollout", "time/verify", "time/update", "time/eval"),
         kind="stacked",
     ),
 )

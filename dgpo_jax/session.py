@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from dgpo_jax.config import Config, fixed_settings, parse_command, to_json
+from dgpo_jax.config import Config, fixed_settings, flatten, parse_command, to_json
 
 CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
 
@@ -24,10 +24,12 @@ def run_command(program: str, description: str, story: Callable[[Config, Path], 
     use_compilation_cache()
     try:
         story(config, workdir)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("DGPO_JAX_TRACEBACK"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, RuntimeError):  # not about the input: somebody may have to look at the code
+            print("DGPO_JAX_TRACEBACK=1 shows where this came from", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
@@ -50,23 +52,24 @@ def claim_workdir(config: Config, workdir: Path) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         record = workdir / "config.json"
-        if record.exists():
+        if record.exists() and has_results(workdir):
             refuse_changes(config, record)
-        record.write_text(to_json(config))
+        temporary = record.with_suffix(".partial")
+        temporary.write_text(to_json(config))
+        os.replace(temporary, record)  # a kill leaves the old file or the new one, never half of it
     except OSError as error:
         raise ValueError(f"--workdir {workdir} cannot be written: {error.strerror}; choose another.") from None
 
 
+def has_results(workdir: Path) -> bool:
+    """Whether anything was computed there: a run refused for its data or weights leaves a workdir that can be used."""
+    records = [*workdir.glob("metrics.jsonl"), *workdir.glob("sft/metrics.jsonl")]
+    return any(record.stat().st_size for record in records) or any(workdir.glob("**/checkpoints/iteration_*"))
+
+
 def refuse_changes(config: Config, record: Path) -> None:
     """Raises ValueError if the run in the workdir was started with other settings than these."""
-    try:
-        before = {
-            f"{name}.{inner}" if isinstance(value, dict) else name: leaf
-            for name, value in json.loads(record.read_text()).items()
-            for inner, leaf in (value.items() if isinstance(value, dict) else [("", value)])
-        }
-    except (json.JSONDecodeError, AttributeError):
-        return  # torn by a kill while it was first written: nothing has been computed under it
+    before = flatten(json.loads(record.read_text()))
     changed = [
         f"{name} was {before.get(name)!r} and is {value!r}"
         for name, value in fixed_settings(config).items()

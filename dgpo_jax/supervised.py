@@ -14,7 +14,7 @@ from dgpo_jax.build import Parts, abstract_state, build_state, load
 from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.config import Config, SftConfig
 from dgpo_jax.data.problems import ProblemStream
-from dgpo_jax.data.prompts import encode_examples
+from dgpo_jax.data.prompts import encode_examples, fit_prompts
 from dgpo_jax.metrics import WARM_START_COLUMNS, MetricsWriter, progress
 from dgpo_jax.rl.packing import Example, pack
 from dgpo_jax.rl.update import LossSettings, Programs, make_programs, take_update
@@ -34,7 +34,7 @@ def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
     Raises:
         ValueError: a problem without a solution, or one that does not fit the prompt and response slots.
     """
-    stream = ProblemStream(load(config.data, config.sft.data or config.data.train, config.seed), config.seed)
+    stream = solved_problems(config, parts)
     loss = SUPERVISED._replace(logprob_chunk=config.update.logprob_chunk)
     programs = make_programs(parts.model, parts.optimizer, loss, parts.shardings)
     folder = workdir / "sft"
@@ -62,6 +62,27 @@ def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
                     checkpoints.save(update, state, {})
                 advance()
     return state
+
+
+def solved_problems(config: Config, parts: Parts) -> ProblemStream:
+    """What the warm start learns from: sft.data, or else the run's own problems; either way prompts that fit."""
+    if not config.sft.data:
+        stream = parts.stream
+    else:
+        stream = _fitting_stream(config, parts)
+    unsolved = next((problem for problem in stream.problems if not problem.solution), None)
+    if unsolved is not None:
+        raise ValueError(
+            f"problem {unsolved.id} has no solution to learn from; add the field 'solution', name other problems in"
+            " sft.data, or set sft.updates to 0."
+        )
+    return stream
+
+
+def _fitting_stream(config: Config, parts: Parts) -> ProblemStream:
+    problems = load(config.data, config.sft.data, config.seed)
+    limit, policy = config.rollout.max_prompt, config.data.too_long
+    return ProblemStream(fit_prompts(problems, parts.tokenizer, parts.template, limit, policy)[0], config.seed)
 
 
 def supervised_update(config: Config, parts: Parts, programs: Programs, stream: ProblemStream, state, update: int):

@@ -116,8 +116,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
                 # Act 5, evaluation: held-out problems, every so many iterations and after the last.
                 last = iteration == config.iterations
                 due = last or (config.eval.every and iteration % config.eval.every == 0)
-                weights = decode_params(state.params) if due else None
-                evaluation(evaluate, weights, writer, iteration, stopwatch, metrics)
+                evaluation(
+                    evaluate, decode_params(state.params) if due else None, writer, iteration, stopwatch, metrics
+                )
 
                 # Act 6, checkpoint: from here the run can go on after a kill.
                 if last or iteration % config.checkpoint.every == 0:

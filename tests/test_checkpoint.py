@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dgpo_jax import checkpoint
 from dgpo_jax.checkpoint import Checkpoints, peek
+from dgpo_jax.manifest import write_manifest
 from dgpo_jax.types import TrainState
 
 REPOSITORY = Path(__file__).parent.parent
@@ -141,6 +142,20 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
         jax.block_until_ready(overwrite(state))
         _, restored, _ = checkpoints.restore(abstract)
     assert bits(restored) == bits(wanted)
+
+
+def test_save_copies_state_where_implicit_transfers_are_forbidden(tmp_path, monkeypatch):
+    # On CPU nothing is copied, so no guard would complain; on an accelerator Orbax's copy is an implicit transfer.
+    guards, save, state = [], checkpoint.ocp.StandardCheckpointer.save, make_state()
+
+    def spy(*arguments):
+        guards.append(jax.config.jax_transfer_guard_device_to_host)
+        return save(*arguments)
+
+    monkeypatch.setattr(checkpoint.ocp.StandardCheckpointer, "save", spy)
+    with Checkpoints(tmp_path) as checkpoints, jax.transfer_guard("disallow"):
+        checkpoints.save(1, state, {})
+    assert guards == ["allow"]
 
 
 @pytest.mark.parametrize(
@@ -282,6 +297,16 @@ def test_a_save_that_fails_in_the_background_is_reported_and_the_older_one_kept(
         assert checkpoints.restore(make_abstract(state))[0] == 1
         checkpoints.save(2, state, {})  # and the run can go on once there is space
     assert peek(tmp_path)[0] == 2
+
+
+def test_every_name_of_a_checkpoint_is_durable_before_its_manifest_counts(tmp_path, monkeypatch):
+    state = tmp_path / "run" / "state" / "d"
+    state.mkdir(parents=True)
+    (state / "0").write_bytes(b"weights")
+    synced, sync = set(), os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.readlink(f"/proc/self/fd/{handle}")) or sync(handle))
+    write_manifest(tmp_path / "run")
+    assert {str(path) for path in (state / "0", state, state.parent, tmp_path / "run", tmp_path)} <= synced
 
 
 SAVER = """

@@ -82,6 +82,12 @@ def test_impossible_generated_problems_are_refused(arguments, message):
         GeneratedProblems(**{"kind": "words", "size": 10, **arguments})
 
 
+def test_numbers_that_leave_no_held_out_problem_are_an_error_and_no_endless_search():
+    problems = GeneratedProblems("arithmetic", 1, split="test", low=502, high=506, operations="subtract")
+    with pytest.raises(ValueError, match=r"numbers 502..506 of subtract leave no problem for the test split"):
+        problems[0]
+
+
 def test_a_source_names_its_split():
     assert load_problems("generated:words/test", size=3)[0].id == "words-test-0-0"
     assert load_problems("generated:words", size=3)[0].id == "words-train-0-0"
@@ -118,6 +124,7 @@ def test_json_lines_may_use_other_field_names_numbers_blank_lines_and_a_byte_ord
         (b'{"problem": "", "answer": "1"}', 'problem is ""; it must not be empty'),
         (b'{"problem": "a", "answer": null}', "answer is null; it must be text or a number"),
         (b'{"problem": "a", "answer": [1]}', "answer is [1]; it must be text or a number"),
+        (b'{"problem": "a", "answer": NaN}', "answer is NaN; it must be text or a number"),
         (
             b'{"id": 1, "problem": "a", "answer": 1}\n{"id": "1", "problem": "b", "answer": 1}',
             ":2: id '1' was used on line 1",

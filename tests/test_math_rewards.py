@@ -23,13 +23,14 @@ def status(answer, prediction):
 SAME = [
     # numbers
     ("1/2", "0.5"), (r"\frac{1}{2}", r"\dfrac12"), ("0.5", ".50"), ("1234567", "1,234,567"), ("1234567", r"1{,}234{,}567"),
-    ("1234567", r"1\,234\,567"), ("3.5", r"3\frac{1}{2}"), (r"-\frac{7}{2}", "-3 1/2"), ("250", r"2.5\times 10^2"),
+    ("1234567", r"1\,234\,567"), ("1,000,000", "10^6"), ("1234567", r"1,234,567 \text{ people}"),
+    ("3.5", r"3\frac{1}{2}"), (r"-\frac{7}{2}", "-3 1/2"), ("250", r"2.5\times 10^2"),
     ("2500000000000", "2.5e12"), ("042", "42"), ("7", "7."), ("0", "-0"), (r"\frac{7}{3}", r"2.\overline{3}"),
     (r"\frac{2}{3}", "0.666667"),  # a decimal may be rounded at 1e-6
     (r"\sqrt{17}", "4.1231056"),
     # signs that carry no value: currency, percent, degrees, units that are spelt out
     ("25", r"25\%"), (r"\frac14", r"25\%"), (r"25\%", "25 percent"), ("18", r"\$18.00"), ("90", r"90^\circ"), ("90", "90°"),
-    ("12", r"12 \text{ cm}^2"), ("12", r"12\text{ square meters}"), ("18", r"\text{18 dollars}"), ("60", r"60\ \mathrm{km/h}"),
+    ("12", r"12 \text{ cm}^2"), ("14", r"14 \text{ sec}"), ("12", r"12\text{ square meters}"), ("18", r"\text{18 dollars}"), ("60", r"60\ \mathrm{km/h}"),
     ("5", "5 inches"), (r"\sin 30^\circ", r"\frac12"),
     # algebra, in any order
     ("x+1", "1+x"), ("(x-2)(x+3)", "x^2+x-6"), (r"\frac{x+2}{7}", r"\frac x7+\frac27"), ("xy", r"y \cdot x"), ("2x", "x2"),
@@ -60,6 +61,7 @@ DIFFERENT = [
     # near misses
     ("1/2", "0.51"), ("1/3", "0.33"), (r"\sqrt2", "1.41"), ("1,000", "1.000"), ("5", "-5"), ("9007199254740993", "9007199254740992"),
     ("1000000", "1000000.5"),  # within 1e-6, but half a unit off in its own last place
+    ("1234567", "1,234,56 \\text{ people}"), ("32349000", "32, 349,000"),
     ("32349", "32, 349"),  # a blank after the comma makes a list
     (r"\frac{1}{2^{99}}", r"\frac{1}{2^{98}}"),  # tiny, but a factor of two apart
     ("0", r"\frac{1}{10^{60}}"), ("25", "0.25"), ("0.25", "25"), (r"25\%", r"2.5\%"), (r"\$1.50", "150"),
@@ -114,6 +116,7 @@ def test_what_is_no_answer_and_what_cannot_be_read_are_told_apart(response, expe
 
 def test_a_blank_between_digits_is_not_dropped():
     assert status("12", "1 2") == "unparsable"
+    assert status("1011_2", "1011 2") == "unparsable"  # nor is it an index
 
 
 def test_a_verdict_shows_what_was_found():

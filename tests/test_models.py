@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from dgpo_jax.config import ModelConfig
 from dgpo_jax.models import build
 from dgpo_jax.models.attention import attention
-from dgpo_jax.models.layers import rotary_frequencies
+from dgpo_jax.models.layers import Projection, rotary_frequencies
 from dgpo_jax.models.parameters import abstract_parameters, decays, parameter_count, table
 from dgpo_jax.models.qwen import count_positions
 from dgpo_jax.sharding import make_mesh
@@ -213,6 +213,15 @@ def test_bfloat16_decoding_weights_give_the_logits_of_the_masters(params):
     tokens = random_tokens(2, 5)
     np.testing.assert_array_equal(model.logits(params, tokens), model.logits(model.cast(params), tokens))
     assert model.make_cache(1, 4).key.dtype == jnp.bfloat16
+
+
+def test_the_gradient_of_a_bfloat16_bias_is_added_up_in_float32():
+    pull = jnp.asarray(np.random.default_rng(0).normal(1, 1, (8, 4096, 16)), jnp.bfloat16)
+    x, kernel, bias = (jnp.zeros(size, jnp.bfloat16) for size in ((8, 4096, 1), (1, 16), (16,)))
+    _, pull_back = jax.vjp(lambda bias: Projection({"kernel": kernel, "bias": bias}, "btd,df->btf")(x), bias)
+    gradient = np.asarray(jax.jit(pull_back)(pull)[0].astype(jnp.float32))
+    exact = np.asarray(pull.astype(jnp.float32), np.float64).sum((0, 1))
+    np.testing.assert_allclose(gradient, exact, rtol=2**-8)  # rounded once, at the end
 
 
 def test_yarn_keeps_fast_pairs_and_slows_the_others_by_the_factor():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -74,6 +75,11 @@ def test_the_same_pair_is_checked_once(shared_pool):
     assert first is second and first.result().correct
 
 
+def test_what_needs_no_worker_leaves_nothing_behind(pool):
+    pool.score([("5", "\\boxed{" + "9" * length + "}") for length in range(600, 1600)])  # kept, long boxes would fill the memory
+    assert not pool._cache
+
+
 def test_the_extraction_rule_of_the_pool_is_used():
     with VerifierPool(workers=1, extract="last") as pool:
         assert pool.score([("72", "it is 72")])[0].correct
@@ -90,6 +96,7 @@ def test_a_worker_that_hangs_is_killed_and_replaced():
         assert not is_alive(pid)
         assert pool.score([("z+2", r"\boxed{2+z}")])[0].status == "correct"
         assert pool.worker_pids() != [pid]
+        assert pool.score([("z+1", r"\boxed{1+z}")])[0].status == "correct"  # it was the worker's fault: asked again
 
 
 def test_a_hanging_worker_does_not_hold_up_the_other(pool):
@@ -125,6 +132,50 @@ def test_an_answer_that_kills_two_workers_is_crashed(monkeypatch):
         monkeypatch.setattr(pool_module._Feeder, "_ensure_process", start_then_die)
         verdicts = pool.score([("z+1", r"\boxed{1+z}"), ("z+2", r"\boxed{2+z}")])
     assert [verdict.status for verdict in verdicts] == ["crashed", "correct"]  # and the pool goes on
+
+
+def test_a_worker_that_could_not_be_started_is_started_for_the_first_answer(monkeypatch):
+    start, calls = subprocess.Popen, []
+
+    def out_of_processes_at_first(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 1:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(pool_module.subprocess, "Popen", out_of_processes_at_first)
+    with VerifierPool(workers=1) as pool:
+        assert pool.submit(*SLOW).result(timeout=30).correct
+
+
+def test_workers_that_never_start_are_an_error_and_no_hang(monkeypatch, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("print('welcome')")  # in place of "ready"
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with VerifierPool(workers=1) as pool, pytest.raises(RuntimeError, match="a worker ended, or printed something else"):
+        pool.submit(*SLOW).result(timeout=30)
+
+
+def test_a_trainer_may_have_more_than_a_thousand_open_files():
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    files = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100)]
+    try:
+        with VerifierPool(workers=1) as pool:
+            assert pool.submit(*SLOW).result(timeout=30).correct
+    finally:
+        for file in files:
+            os.close(file)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_lower_memory_limit_of_the_shell_is_kept():
+    script = (
+        "import os, resource; from dgpo_jax.rewards import worker\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
+        "worker._restrict(2048, os.getppid()); print(resource.getrlimit(resource.RLIMIT_AS)[0])"
+    )
+    output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(output) == 2**30
 
 
 def test_a_worker_refuses_memory_beyond_its_limit():

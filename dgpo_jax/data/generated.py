@@ -14,6 +14,7 @@ from dgpo_jax.types import Problem
 
 TEST_SHARE = 8  # one in so many (template, numbers) pairs belongs to the held-out split
 SPLITS = ("train", "test")
+TRIES = 10_000  # draws for one problem; where the split has any at all, one is found long before
 
 
 class Operation(NamedTuple):
@@ -193,7 +194,6 @@ class GeneratedProblems(Sequence):
             raise ValueError(f"numbers {self.low}..{self.high}: need 0 <= low <= high; change low or high.")
         if self.low == 0 and "share" in self.operations:
             raise ValueError("numbers from 0 with operation 'share' would divide by zero; set low to 1 or more.")
-        # A range this small may leave a split with no pair at all, and the search in __getitem__ would never end.
         if self.high - self.low < 4:
             raise ValueError(f"numbers {self.low}..{self.high} are too few to hold some out; make high >= low + 4.")
 
@@ -208,10 +208,14 @@ class GeneratedProblems(Sequence):
         index %= self.size
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             [self.seed, SPLITS.index(self.split), index])))
-        while True:  # one try in TEST_SHARE succeeds for the held-out split
+        for _ in range(TRIES):  # one in TEST_SHARE succeeds for the held-out split
             operation, number, x, y = self._draw_question(random)
             if _split_of(f"{self.kind}/{operation}/{number}/{x}/{y}") == self.split:
                 return self._write(index, operation, number, x, y, random)
+        raise ValueError(
+            f"numbers {self.low}..{self.high} of {', '.join(self.operations)} leave no problem for the {self.split} split;"
+            " make high larger."
+        )
 
     def _draw_question(self, random):
         operation = self.operations[random.integers(len(self.operations))]

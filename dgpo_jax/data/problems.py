@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,8 @@ def _take_text(where, row, field, default=None):
         hint = f"perhaps it is {near[0]!r}: set the field's name" if near else "add it or set the field's name"
         raise ValueError(f"{where}: no field {field!r} among {', '.join(map(repr, row)) or 'none'}; {hint}.")
     value = row[field]
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+    not_finite = isinstance(value, float) and not math.isfinite(value)  # Python's JSON takes NaN for a number
+    if isinstance(value, bool) or not_finite or not isinstance(value, (str, int, float)):
         if value is None and default is not None:
             return default
         raise ValueError(f"{where}: {field} is {_shorten(value)}; it must be text or a number.")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
 from dgpo_jax.data import generated
 
 # Markers that end a turn in the chat templates of the model families in use; a model stops at them even where
@@ -72,9 +74,8 @@ class Tokenizer:
 
     def decode(self, ids, skip_special: bool = False) -> str:
         """The text of the ids; skip_special leaves out pad, stop and turn markers."""
-        return self.inner.decode(
-            [int(token) for token in ids], skip_special_tokens=skip_special, clean_up_tokenization_spaces=False
-        )
+        ids = np.asarray(ids, np.int64).tolist()  # ten times as fast as int() of each
+        return self.inner.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
 
     def render_chat(self, problem: str, system: str | None = None) -> str:
         """The chat text up to the place where the response starts (some templates open `<think>` there)."""

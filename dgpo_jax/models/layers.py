@@ -48,7 +48,10 @@ class Projection(nnx.Module):
 
     def __call__(self, x):
         y = jnp.einsum(self.equation, x, self.kernel[...])
-        return y if self.bias is None else y + _aligned(self.bias[...], y)
+        if self.bias is None:
+            return y
+        # In f32, or the bias's gradient, a sum over all tokens, would be added up in bfloat16.
+        return (y.astype(jnp.float32) + _aligned(self.bias[...].astype(jnp.float32), y)).astype(y.dtype)
 
 
 class Attention(nnx.Module):

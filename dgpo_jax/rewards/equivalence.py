@@ -10,7 +10,7 @@ import hashlib
 
 import mpmath
 
-from dgpo_jax.rewards import arithmetic, realsets, symbolic
+from dgpo_jax.rewards import arithmetic, real_sets, symbolic
 from dgpo_jax.rewards.exact import Exact, numbers_equal
 from dgpo_jax.rewards.nodes import SCALARS
 from dgpo_jax.rewards.tokens import TooLargeError, UnparsableError
@@ -66,7 +66,7 @@ class Comparison:
         if left[0] == right[0] == "group":
             return self.groups_equal(left, right)
         if SET_OPERATIONS & {left[0], right[0]}:
-            return realsets.sets_equal(left, right)
+            return real_sets.sets_equal(left, right)
         return False
 
     def groups_equal(self, left, right):
@@ -99,7 +99,7 @@ class Comparison:
             value = self.value_of(left)
             if value is not None:
                 return self.equal(value, right)
-            return right[0] in SET_OPERATIONS | {"group"} and realsets.sets_equal(left, right)
+            return right[0] in SET_OPERATIONS | {"group"} and real_sets.sets_equal(left, right)
         if left[2] == right[2] and self.same_row(left[1], right[1]):
             return True
         values = self.value_of(left), self.value_of(right)
@@ -135,8 +135,8 @@ class Comparison:
                 return True
         if not (arithmetic.symbols(left) == arithmetic.symbols(right) and len(arithmetic.symbols(left)) == 1):
             return False
-        ordered = set(left[2] + right[2]) <= set(realsets.ORDER)
-        return ordered and realsets.sets_equal(left, right)
+        ordered = set(left[2] + right[2]) <= set(real_sets.ORDER)
+        return ordered and real_sets.sets_equal(left, right)
 
     def proportional(self, left, right, signed):
         pairs = list(zip(self.values(left, "positive"), self.values(right, "positive"), strict=True))

@@ -54,7 +54,7 @@ def normalise(text):
 def text_key(normalised):
     """What two answers must share to be the same string: blanks and \\text{} dropped, words in lower case."""
     key = re.sub(rf"\\(?:{TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", normalised)
-    key = re.sub(r"(?<=\d)\s+(?=\d)", "_", key)  # "1 2" is not 12
+    key = re.sub(r"(?<=\d)\s+(?=\d)", "\0", key)  # "1 2" is neither 12 nor 1_2
     key = re.sub(r"\s+", "", key)
     return key.casefold() if re.search(r"[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+", "", key)) else key
 
@@ -62,7 +62,7 @@ def text_key(normalised):
 def is_words(normalised):
     """True for an answer in plain words ("Tuesday", "two lines", "odd"), which can only be compared as a string."""
     bare = re.sub(rf"\\(?:{TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", normalised)
-    return bool(re.fullmatch(r"[A-Za-z ,.'-]*[A-Za-z]{3}[A-Za-z ,.'-]*", bare))
+    return bool(re.fullmatch(r"[A-Za-z ,.'-]+", bare) and re.search(r"[A-Za-z]{3}", bare))
 
 
 def choice_letter(normalised):

@@ -9,10 +9,11 @@ Each worker process has one thread here that feeds it. Answers that strings or e
 """
 
 import collections
+import contextlib
 import json
 import os
 import queue
-import select
+import selectors
 import subprocess
 import sys
 import threading
@@ -24,9 +25,10 @@ from dgpo_jax.rewards.extract import BOX_CAP, RULES, find_answer
 from dgpo_jax.rewards.math import quick_status
 from dgpo_jax.types import STATUSES, Verdict
 
-START_DEADLINE_S = 30.0  # for a worker to say "ready"; not counted against any answer
-CACHE_SIZE = 65_536  # (answer, extracted) pairs
+START_DEADLINE_S = 120.0  # for a worker to say "ready", SymPy from a cold disk included; not counted against any answer
+CACHE_SIZE = 16_384  # (answer, extracted) pairs that went to a worker, at about 2 kB
 _CLOSE_JOIN_S = 10.0
+_REPLIES = {json.dumps(reply).encode() + b"\n": reply for reply in ("ready", *STATUSES)}
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -37,7 +39,7 @@ class VerifierPool:
         workers: processes, at least 1.
         deadline_s: seconds for one answer; a later one is "timed_out", its worker killed and replaced.
         extract: where the answer stands, one of extract.RULES.
-        memory_mb: address space of each worker, in MiB; an answer that needs more is "crashed".
+        memory_mb: address space of each worker, in MiB; an answer that needs more is "crashed". Linux only.
     Raises:
         ValueError: a setting out of range.
     """
@@ -53,8 +55,8 @@ class VerifierPool:
             raise ValueError(f"memory_mb: {memory_mb} is too little to start Python with its libraries; set 256 or more.")
         self.extract = extract
         self._closed = False
-        self._lock = threading.Lock()
-        self._cache = collections.OrderedDict()  # (answer, extracted) -> Future of its Verdict, pending ones included
+        self._lock = threading.Lock()  # over `_closed` and `_cache`
+        self._cache = collections.OrderedDict()  # (answer, extracted) -> its ticket, pending ones included
         self._queue = queue.SimpleQueue()
         self._feeders = [_Feeder(self._queue, deadline_s, memory_mb) for _ in range(workers)]
         for feeder in self._feeders:
@@ -68,29 +70,28 @@ class VerifierPool:
 
     def submit(self, answer, response):
         """Starts checking one response; returns a ticket, a Future whose result() is the Verdict."""
-        if self._closed:
-            raise RuntimeError("VerifierPool: submit() after close(); make a new pool.")
         extracted = find_answer(response, self.extract)
-        if extracted is None:
-            return _done(Verdict("no_answer", None))
-        key = (answer, extracted)
-        with self._lock:
-            ticket = self._cache.get(key)
-            if ticket is None:
-                ticket = self._cache[key] = self._start(answer, extracted)
-                if len(self._cache) > CACHE_SIZE:
-                    self._cache.popitem(last=False)
-            else:
-                self._cache.move_to_end(key)
+        status = "no_answer" if extracted is None else quick_status(answer, extracted)
+        with self._lock:  # so that nothing is queued after close() has emptied the queue, to wait for ever
+            if self._closed:
+                raise RuntimeError("VerifierPool: submit() after close(); make a new pool.")
+            if status is None:
+                return self._cached_ticket(answer, extracted)
+        ticket = Future()
+        ticket.set_result(Verdict(status, extracted and extracted[:BOX_CAP]))
         return ticket
 
-    def _start(self, answer, extracted):
-        status = quick_status(answer, extracted)
-        if status is not None:
-            return _done(Verdict(status, extracted[:BOX_CAP]))
-        ticket = Future()
-        ticket.set_running_or_notify_cancel()  # several callers may share it, so none may cancel it
-        self._queue.put((ticket, answer, extracted))
+    def _cached_ticket(self, answer, extracted):
+        """The ticket of an equal pair if it is pending or was judged; one that timed out or crashed is tried again."""
+        key = (answer, extracted)
+        ticket = self._cache.get(key)
+        if ticket is None or _has_failed(ticket):
+            ticket = self._cache[key] = Future()
+            ticket.set_running_or_notify_cancel()  # several callers may share it, so none may cancel it
+            self._queue.put((ticket, answer, extracted))
+        self._cache.move_to_end(key)
+        if len(self._cache) > CACHE_SIZE:
+            self._cache.popitem(last=False)
         return ticket
 
     def gather(self, tickets):
@@ -109,31 +110,33 @@ class VerifierPool:
 
     def worker_pids(self):
         """Process ids of the workers that run now, for monitoring."""
-        return [feeder.process.pid for feeder in self._feeders if feeder.process is not None]
+        processes = [feeder.process for feeder in self._feeders]
+        return [process.pid for process in processes if process is not None]
 
     def close(self):
         """Kills the workers and waits for them. Tickets still pending raise RuntimeError. May be called twice."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
         for feeder in self._feeders:
             feeder.stop()
         for _ in self._feeders:
             self._queue.put(None)
         for feeder in self._feeders:
             feeder.join(_CLOSE_JOIN_S)
-        while not self._queue.empty():
-            item = self._queue.get()
-            if item is not None:
-                item[0].set_exception(RuntimeError("VerifierPool: closed before this answer was checked."))
+        with contextlib.suppress(queue.Empty):
+            while True:
+                item = self._queue.get_nowait()
+                if item is not None:
+                    item[0].set_exception(RuntimeError("VerifierPool: closed before this answer was checked."))
 
 
-def _done(verdict):
-    ticket = Future()
-    ticket.set_result(verdict)
-    return ticket
+def _has_failed(ticket):
+    """True for a ticket whose answer was not judged, which may have had nothing to do with the answer."""
+    return ticket.done() and (ticket.exception() is not None or ticket.result().status in ("timed_out", "crashed"))
 
 
 class _WorkerDiedError(Exception):
-    """The worker process ended while it owed a line."""
+    """The worker process ended, or spoke out of turn, while it owed a line."""
 
 
 class _LateError(Exception):
@@ -176,11 +179,9 @@ class _Feeder(threading.Thread):
                 self.process.kill()
 
     def _start_ahead(self):
-        """Starts the process before the first answer comes; a failure is reported with the first answer."""
-        try:
+        """Starts the process before the first answer comes; a failure is met, and reported, again with that answer."""
+        with contextlib.suppress(RuntimeError, OSError):
             self._ensure_process()
-        except RuntimeError:
-            self._discard()
         self.ready.set()
 
     def _check(self, answer, extracted):
@@ -216,22 +217,24 @@ class _Feeder(threading.Thread):
             self._read_line(START_DEADLINE_S)
         except (_LateError, _WorkerDiedError) as error:
             self._discard()
-            raise RuntimeError(f"VerifierPool: a worker did not start within {START_DEADLINE_S:.0f} s: {command}") from error
+            how = f"was not ready after {START_DEADLINE_S:.0f} s" if isinstance(error, _LateError) else "ended, or printed something else, before it was ready"
+            raise RuntimeError(f"VerifierPool: a worker {how}; to see why, run {command}") from error
 
     def _read_line(self, seconds):
         """The next reply, decoded. Raises _LateError or _WorkerDiedError."""
         end = time.monotonic() + seconds
         received = b""
-        while not received.endswith(b"\n"):
-            ready, _, _ = select.select([self.process.stdout], [], [], max(0.0, end - time.monotonic()))
-            if not ready:
-                raise _LateError
-            chunk = os.read(self.process.stdout.fileno(), 4096)
-            if not chunk:
-                raise _WorkerDiedError
-            received += chunk
-        reply = json.loads(received)
-        if reply not in STATUSES and reply != "ready":
+        with selectors.DefaultSelector() as selector:  # select.select refuses descriptors above 1023
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while not received.endswith(b"\n"):
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    raise _LateError
+                chunk = os.read(self.process.stdout.fileno(), 4096)
+                if not chunk:
+                    raise _WorkerDiedError
+                received += chunk
+        reply = _REPLIES.get(received)
+        if reply is None:  # something else was printed: what it says next cannot be trusted
             raise _WorkerDiedError
         return reply
 

@@ -59,12 +59,18 @@ def _joined_thousands(parser, digits):
             break
         digits += token.value
         parser.position += 1
-    if parser.position == 1 and [t.value for t in parser.tokens].count(",") == 1 and parser.at(","):
+    start, commas = parser.position, [t.value for t in parser.tokens].count(",")
+    if start != 1 or not commas:
+        return digits
+    joined = digits
+    for _ in range(commas):
         following = parser.peek(1)
-        if following is not None and not following.spaced and re.fullmatch(r"\d{3}(?:\.\d+)?", following.value):
-            parser.position += 2
-            digits += following.value
-    return digits
+        if not parser.at(",") or following is None or following.spaced or not re.fullmatch(r"\d{3}(?:\.\d+)?", following.value):
+            parser.position = start
+            return digits
+        parser.position += 2
+        joined += following.value
+    return joined
 
 
 def _repeating(parser, digits):

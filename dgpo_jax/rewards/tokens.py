@@ -121,7 +121,7 @@ def _command_tokens(name, spaced):
 
 
 def _word_tokens(word, spaced):
-    """A bare run of letters: a known word, a function glued to its argument, or up to three variables."""
+    """A bare run of letters: a known word, a function glued to its argument, or up to four variables."""
     if word in _WORD_OPS:
         return [Token("op", _WORD_OPS[word], spaced)]
     if word == "sqrt":
@@ -147,7 +147,7 @@ def _text_tokens(content, spaced, depth):
     bare = words.strip(",").strip().lower()
     if bare in ("and", "or", "and/or"):
         return [Token("op", "and", spaced)]
-    if words in FUNCTIONS and words != "min":  # 9 \text{ min} is nine minutes
+    if words in FUNCTIONS and words not in ("min", "sec"):  # 9 \text{ min} is nine minutes
         return [Token("function", words, spaced)]
     choices = re.fullmatch(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*", words)
     if choices and len(words) > 1 and depth == 0:  # "(B)" or "B, E"

@@ -24,11 +24,13 @@ def main(memory_mb, parent):
 
 
 def _restrict(memory_mb, parent):
-    """Memory limit, no core dumps, no Ctrl-C of the trainer's terminal, and death together with the parent."""
+    """No core dumps, no Ctrl-C of the trainer's terminal; on Linux a memory limit, and death together with the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_mb * 2**20, memory_mb * 2**20))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":
+    if sys.platform == "linux":  # macOS refuses limits on the address space
+        _, ceiling = resource.getrlimit(resource.RLIMIT_AS)  # of the shell or the batch system, which nobody may raise
+        memory = memory_mb * 2**20 if ceiling == resource.RLIM_INFINITY else min(memory_mb * 2**20, ceiling)
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before the line above
             sys.exit(1)

@@ -2,7 +2,12 @@
 
 At Qwen's vocabulary of 151,936 the f32 logits of one 32K row are 18.6 GiB. They are never held: a scan walks the row in
 chunks, each chunk's logits live only inside it, and the backward pass computes them again.
+
+The backward pass is written out, because the derived one would add up the output matrix's gradient, a term per chunk,
+in the compute dtype: in bfloat16 that is worse the more chunks there are. Here it is added up in f32 and rounded once.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -29,17 +34,60 @@ def token_logprobs(hidden, unembedding, tokens, *, temperature: float, chunk: in
         x = jnp.pad(x, [(0, 0), (0, chunks * chunk - slots)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(rows, chunks, chunk, *x.shape[2:]), 1, 0)
 
-    @jax.checkpoint
-    def one_chunk(_, inputs):
-        predicting, target = inputs
-        logits = jnp.einsum("ntd,dv->ntv", predicting, unembedding, preferred_element_type=jnp.float32) / temperature
-        normaliser = jax.nn.logsumexp(logits, axis=-1)
-        chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        frozen = jax.lax.stop_gradient(logits - normaliser[..., None])
-        entropy = -jnp.sum(jnp.exp(frozen) * frozen, axis=-1)
-        return None, (chosen - normaliser, entropy)
-
     predicting = jnp.pad(hidden[:, :-1], [(0, 0), (1, 0), (0, 0)])  # slot t now holds what predicts it
-    _, outputs = jax.lax.scan(one_chunk, None, (in_chunks(predicting), in_chunks(tokens)))
+    outputs = chunk_logprobs(in_chunks(predicting), unembedding, in_chunks(tokens), temperature)
     logprobs, entropy = (jnp.moveaxis(x, 0, 1).reshape(rows, chunks * chunk)[:, :slots] for x in outputs)
     return logprobs, entropy
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def chunk_logprobs(predicting, unembedding, targets, temperature):
+    """Log-probability and entropy of each target; the entropy has no gradient.
+
+    Args:
+        predicting: dtype[C, N, chunk, D], C chunks that are walked one after the other.
+        unembedding: dtype[D, V].
+        targets: i32[C, N, chunk].
+    Returns:
+        (logprobs f32[C, N, chunk], entropy f32[C, N, chunk]).
+    """
+    return _forward(predicting, unembedding, targets, temperature)[0]
+
+
+def _forward(predicting, unembedding, targets, temperature):
+    def one_chunk(_, inputs):
+        predicting, targets = inputs
+        logits = _logits(predicting, unembedding, temperature)
+        normaliser = jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        logprobs = logits - normaliser[..., None]
+        entropy = -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+        return None, (chosen - normaliser, entropy, normaliser)
+
+    _, (logprobs, entropy, normaliser) = jax.lax.scan(one_chunk, None, (predicting, targets))
+    return (logprobs, entropy), (predicting, unembedding, targets, normaliser)
+
+
+def _backward(temperature, kept, pulls):
+    predicting, unembedding, targets, normaliser = kept
+
+    def one_chunk(total, inputs):
+        predicting, targets, normaliser, pull = inputs
+        probabilities = jnp.exp(_logits(predicting, unembedding, temperature) - normaliser[..., None])
+        one_hot = jax.nn.one_hot(targets, unembedding.shape[1], dtype=jnp.float32)
+        # In the compute dtype like every other product of the backward pass; only sums over chunks stay f32.
+        pull = ((one_hot - probabilities) * (pull / temperature)[..., None]).astype(predicting.dtype)
+        total += jnp.einsum("ntd,ntv->dv", predicting, pull, preferred_element_type=jnp.float32)
+        return total, jnp.einsum("ntv,dv->ntd", pull, unembedding)
+
+    total = jnp.zeros(unembedding.shape, jnp.float32)
+    total, to_predicting = jax.lax.scan(one_chunk, total, (predicting, targets, normaliser, pulls[0]))
+    return to_predicting, total.astype(unembedding.dtype), None
+
+
+chunk_logprobs.defvjp(_forward, _backward)
+
+
+def _logits(predicting, unembedding, temperature):
+    """dtype[N, chunk, D], dtype[D, V] -> f32[N, chunk, V]."""
+    return jnp.einsum("ntd,dv->ntv", predicting, unembedding, preferred_element_type=jnp.float32) / temperature

@@ -1,0 +1,207 @@
+"""What a person can get wrong: one short message that says what and how to mend it, no traceback, before anything is computed.
+
+A few commands run as processes of their own. The others go through the same `run_command` in this process, where
+anything but a SystemExit fails the test just as a traceback would.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dgpo_jax import session, sft, train
+from dgpo_jax.models.hf import SINGLE
+
+ROOT = Path(__file__).parent.parent
+TINY = f"--config={ROOT / 'tests/tiny_config.py'}"
+LINES = 15  # a message this long is still read
+CHEAP = ("--config.sft.updates=0", "--config.data.held_out=")  # no need to get that far
+
+
+def plain(message):
+    """A message without the box around it and the line ends inside it."""
+    return " ".join("".join(" " if letter in "╭─╮│╰╯" else letter for letter in message).split())
+
+
+def run_module(module, *arguments):
+    """The command as a person types it."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def refuse(monkeypatch, capfd, tmp_path):
+    """The function (arguments, module) -> the message with which the command is refused."""
+    monkeypatch.setattr(session, "use_compilation_cache", lambda: None)  # a setting of the whole process
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("DGPO_JAX_TRACEBACK", raising=False)
+
+    def refuse(*arguments, module=train):
+        story = {train: train.train, sft: sft.sft}[module]
+        if not any(argument.startswith("--workdir") for argument in arguments):
+            arguments = (*arguments, f"--workdir={tmp_path / 'run'}")
+        monkeypatch.setattr(sys, "argv", [module.__name__, *arguments])
+        with pytest.raises(SystemExit) as stop:
+            session.run_command(module.__name__, "", story)
+        assert stop.value.code in (1, 2)
+        error = capfd.readouterr().err
+        assert "Traceback" not in error and len(error.splitlines()) <= LINES
+        assert not list(tmp_path.glob("run/metrics.jsonl"))  # before the first iteration
+        return plain(error)
+
+    return refuse
+
+
+@pytest.mark.parametrize("module, arguments, expected", [
+    ("dgpo_jax.train", [TINY, "--config.loss.clp_low=0.1"], ["--config.loss.clp_low", "--config.loss.clip-low"]),
+    ("dgpo_jax.train", ["--config=configs/smok.py"], ["configs/smok.py", "configs/smoke.py"]),
+    ("dgpo_jax.sft", [TINY, "--config.rollout.group_size=1"], ["rollout.group_size is 1", "at least 2"]),
+    ("dgpo_jax.train", [TINY, "--workdir=README.md/run"], ["README.md/run", "choose another"]),  # below a file
+])  # fmt: skip
+def test_a_command_with_bad_input_ends_with_a_short_message_and_a_code(module, arguments, expected):
+    ended = run_module(module, *arguments)
+    assert ended.returncode in (1, 2)
+    assert "Traceback" not in ended.stderr and len(ended.stderr.splitlines()) <= LINES
+    for text in expected:
+        assert text in plain(ended.stderr)
+
+
+@pytest.mark.parametrize("module", ["dgpo_jax.train", "dgpo_jax.sft"])
+def test_help_lists_the_settings_with_their_comments(module):
+    ended = run_module(module, "--help")
+    text = plain(ended.stdout)
+    assert ended.returncode == 0 and not ended.stderr
+    for setting in ("--workdir", "--config.seed", "--config.rollout.group-size", "--config.checkpoint.keep"):
+        assert setting in text
+    assert "G, responses per prompt (default: 8)" in text
+    assert "AdamW with warm-up and gradient clipping." in text
+
+
+@pytest.mark.parametrize("argument, expected", [
+    ("--config.seed=abc", ["--config.seed", "'abc'"]),
+    ("--config.optimizer.learning_rate=fast", ["--config.optimizer.learning-rate", "fast"]),
+    ("--config.loss.method=ppo", ["'ppo'", "'dgpo'"]),
+    ("--config.update.updates=3", ["update.updates is 3", "8 groups"]),
+    ("--config.seed", ["--config.seed"]),  # no value at all
+])  # fmt: skip
+def test_a_setting_that_cannot_be_is_refused(argument, expected, refuse):
+    message = refuse(TINY, argument)
+    for text in expected:
+        assert text in message
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--config.mesh.fsdp=3"], ["fsdp=3", "8 devices"]),
+    (["--config.mesh.data=2"], ["data=2", "needs 2 devices and there are 8"]),
+    (["--config.rollout.prompts=12"], ["rollout.prompts is 12", "multiple of 8"]),
+    # Two key heads cannot be split over four devices.
+    (["--config.mesh.data=2", "--config.mesh.tensor=4"], ["key_heads", "lower mesh.tensor"]),
+])  # fmt: skip
+def test_devices_that_do_not_divide_are_refused(arguments, expected, refuse):
+    message = refuse(TINY, *arguments)
+    for text in expected:
+        assert text in message
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--config.model.vocab_size=100"], ["model.vocab_size is 100", "builtin:words"]),
+    (["--config.data.tokenizer="], ["data.tokenizer is empty", "builtin:words"]),
+    (["--config.data.tokenizer=nowhere"], ["nowhere", "no such folder"]),
+    (["--config.data.train=generated:arithmetik/train"], ["arithmetik", "arithmetic"]),
+    (["--config.data.train=problems.csv"], ["problems.csv", ".jsonl"]),
+    (["--config.data.train=nowhere.jsonl"], ["nowhere.jsonl", "no such file"]),
+    (["--config.data.template=Question: "], ["Question", "{problem}"]),
+    (["--config.data.operations=ad"], ["'ad'", "add"]),
+    (["--config.rollout.max_prompt=8"], ["more than max_prompt 8", "raise max_prompt"]),
+    (["--config.rollout.max_prompt=3", "--config.data.too_long=drop"], ["all 200 problems", "raise max_prompt"]),
+])  # fmt: skip
+def test_problems_and_a_tokenizer_that_do_not_fit_are_refused(arguments, expected, refuse):
+    message = refuse(TINY, *arguments)
+    for text in expected:
+        assert text in message
+
+
+@pytest.mark.parametrize("lines, expected", [
+    ("", ["holds no problem"]),
+    ("\n\n", ["holds no problem"]),
+    ('{"problem": "2+2?"}\n', ["problems.jsonl:1", "'answer'"]),
+    ('{"problem": "2+2?", "answer": "4"}\n{"problem": "3+3?", "answer": ""}\n', ["problems.jsonl:2", "answer"]),
+    ('{"problem": "2+2?", "anwser": "4"}\n', ["'anwser'", "set the field's name"]),
+    ('{"problem": "2+2?", "answer": "4"\n', ["problems.jsonl:1", "not JSON"]),
+])  # fmt: skip
+def test_data_without_problems_or_answers_is_refused_by_file_and_line(lines, expected, refuse, tmp_path):
+    (tmp_path / "problems.jsonl").write_text(lines)
+    message = refuse(TINY, f"--config.data.train={tmp_path / 'problems.jsonl'}")
+    for text in expected:
+        assert text in message
+
+
+def test_a_model_folder_that_is_not_there_is_refused(refuse, tmp_path):
+    message = refuse(TINY, f"--config.model.path={tmp_path / 'nowhere'}")
+    assert "model.path" in message and "nowhere" in message and "give an existing folder" in message
+
+
+def model_folder(tmp_path):
+    """A folder with the config.json of a tiny model whose vocabulary has room for builtin:words."""
+    settings = json.loads((ROOT / "tests/golden/qwen2_tied/config.json").read_text())
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings | {"vocab_size": 192}))
+    return folder
+
+
+def test_a_model_folder_without_weights_is_refused(refuse, tmp_path):
+    message = refuse(TINY, *CHEAP, f"--config.model.path={model_folder(tmp_path)}")
+    assert SINGLE in message and "missing" in message and "download" in message
+
+
+def test_a_model_folder_with_half_a_file_of_weights_is_refused(refuse, tmp_path):
+    folder = model_folder(tmp_path)
+    whole = (ROOT / "tests/golden/qwen2_tied" / SINGLE).read_bytes()
+    (folder / SINGLE).write_bytes(whole[: len(whole) // 2])
+    message = refuse(TINY, *CHEAP, f"--config.model.path={folder}")
+    assert SINGLE in message and "download" in message
+
+
+def test_a_model_folder_without_config_is_refused(refuse, tmp_path):
+    message = refuse(TINY, f"--config.model.path={tmp_path}")
+    assert "config.json" in message and "folder of a Hugging Face model" in message
+
+
+def test_a_workdir_that_holds_a_run_with_other_settings_is_refused(refuse, tmp_path):
+    record_run(tmp_path)
+    with open(tmp_path / "run/sft/metrics.jsonl", "w") as file:
+        file.write('{"update": 5}\n')
+    message = refuse(TINY, "--config.seed=7")
+    assert "seed was 0 and is 7" in message and "Use another --workdir" in message
+    assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 0  # nor was its record touched
+
+
+def test_a_workdir_in_which_nothing_was_computed_may_be_used_with_other_settings(refuse, tmp_path):
+    record_run(tmp_path)  # as a run leaves it that was refused for its data, and is now started with them put right
+    message = refuse(TINY, "--config.seed=7", "--config.data.train=nowhere.jsonl")
+    assert "other settings" not in message and "nowhere.jsonl" in message
+    assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 7
+
+
+def record_run(tmp_path):
+    config = session.parse_command([TINY], program="test", description="")[0]
+    session.claim_workdir(config, tmp_path / "run")
+    (tmp_path / "run/sft").mkdir()
+    (tmp_path / "run/sft/metrics.jsonl").touch()
+
+
+def test_a_warm_start_on_problems_without_solutions_is_refused(refuse, tmp_path):
+    (tmp_path / "problems.jsonl").write_text('{"problem": "2 + 2?", "answer": "4"}\n')
+    message = refuse(TINY, f"--config.sft.data={tmp_path / 'problems.jsonl'}", module=sft)
+    assert "problems-1 has no solution" in message and "add the field" in message
+
+
+def test_a_warm_start_of_no_updates_is_refused(refuse):
+    message = refuse(TINY, "--config.sft.updates=0", module=sft)
+    assert "sft.updates is 0" in message and "give the number" in message

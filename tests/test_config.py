@@ -1,0 +1,296 @@
+"""Settings: the files in configs/ load, the command line changes them, and each rule refuses what breaks it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from dgpo_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    LossConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    SftConfig,
+    UpdateConfig,
+    default_workdir,
+    fixed_settings,
+    flatten,
+    load,
+    replace,
+    to_json,
+)
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted(ROOT.glob("configs/*.py"))
+SMOKE = f"--config={ROOT / 'configs/smoke.py'}"
+SECTIONS = (
+    ModelConfig, MeshConfig, DataConfig, RolloutConfig, RewardConfig, LossConfig, UpdateConfig, OptimizerConfig,
+    SftConfig, EvalConfig, CheckpointConfig,
+)  # fmt: skip
+
+
+def plain(message):
+    """A message without the box around it and the line ends inside it."""
+    return " ".join("".join(" " if letter in "╭─╮│╰╯" else letter for letter in message).split())
+
+
+def test_there_are_the_five_configs_that_the_readme_promises():
+    assert [path.stem for path in CONFIGS] == ["qwen_14b", "qwen_1p5b", "qwen_7b", "smoke", "smollm2"]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_loads_and_says_its_name_and_command(path):
+    config = load([f"--config={path}"])
+    assert isinstance(config, Config)
+    assert config.name == path.stem  # the default workdir is named after it
+    assert f"python -m dgpo_jax.train --config=configs/{path.name}" in path.read_text()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_makes_several_updates_of_one_rollout(path):
+    assert load([f"--config={path}"]).update.updates >= 4  # with one, DGPO and GRPO are the same
+
+
+@pytest.mark.parametrize("spelling", ["--config.loss.clip_low=0.1", "--config.loss.clip-low=0.1"])
+def test_a_setting_is_changed_by_its_name_with_low_lines_or_hyphens(spelling):
+    config = load([SMOKE, spelling])
+    assert config == replace(load([SMOKE]), loss=replace(load([SMOKE]).loss, clip_low=0.1))
+
+
+def test_several_settings_of_all_types_are_changed_at_once():
+    config = load(
+        [SMOKE, "--config.seed=7", "--config.loss.method=grpo", "--config.optimizer.learning_rate=3e-4",
+         "--config.model.qkv_bias=False", "--config.data.instruction=a = \\boxed{b}"]
+    )  # fmt: skip
+    assert (config.seed, config.loss.method, config.optimizer.learning_rate) == (7, "grpo", 3e-4)
+    assert config.model.qkv_bias is False
+    assert config.data.instruction == "a = \\boxed{b}"  # an equals sign and braces are text
+
+
+@pytest.mark.parametrize("name, text, expected", [
+    ("loss.n", "0.5", 0.5),
+    ("loss.n", "2", 2.0),  # a whole number is a number too
+    ("loss.n", "None", None),  # back to the method's own
+    ("loss.dual_clip", "3.0", 3.0),
+    ("loss.dual_clip", "None", None),
+    ("data.low", "3", 3),
+    ("data.low", "None", None),
+])  # fmt: skip
+def test_a_setting_that_may_be_left_open_takes_a_number_or_none(name, text, expected):
+    value = flatten(load([SMOKE, f"--config.{name}={text}"]))[name]
+    assert value == expected and type(value) is type(expected)
+
+
+@pytest.mark.parametrize("argument, expected", [
+    ("--config.data.low=1.5", "--config.data.low"),  # an int or None
+    ("--config.loss.n=some", "--config.loss.n"),  # a float or None
+    ("--config.seed=abc", "--config.seed"),
+    ("--config.seed=1.5", "--config.seed"),
+    ("--config.model.qkv_bias=maybe", "--config.model.qkv-bias"),
+    ("--config.loss.method=ppo", "'dgpo', 'grpo', 'reinforce'"),  # what there is to choose from
+    ("--config.model.dtype=float16", "'auto', 'float32', 'bfloat16'"),
+])  # fmt: skip
+def test_a_value_of_the_wrong_type_is_refused_with_the_name_of_its_setting(argument, expected, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load([SMOKE, argument])
+    assert stop.value.code == 2
+    assert expected in plain(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("misspelt, meant", [
+    ("loss.clp_low=0.1", "--config.loss.clip-low"),
+    ("sedd=1", "--config.seed"),
+    ("rolout.group_size=4", "--config.rollout.group-size"),  # the section, not the setting
+])  # fmt: skip
+def test_a_misspelt_setting_is_refused_with_the_one_that_was_meant(misspelt, meant, capsys):
+    with pytest.raises(SystemExit) as stop:
+        load([SMOKE, f"--config.{misspelt}"])
+    assert stop.value.code == 2
+    assert meant in plain(capsys.readouterr().err)
+
+
+# (section, its name on the command line, setting, a value that breaks its rule, a word of the rule or of the fix)
+BROKEN = [
+    (ModelConfig, "model", "vocab_size", 0, "positive"),
+    (ModelConfig, "model", "layers", -1, "positive"),
+    (ModelConfig, "model", "width", 0, "at least 1"),
+    (ModelConfig, "model", "heads", 0, "positive"),
+    (ModelConfig, "model", "heads", 3, "multiple of model.key_heads"),  # key_heads is 2
+    (ModelConfig, "model", "key_heads", 0, "positive"),
+    (ModelConfig, "model", "head_width", 0, "positive"),
+    (ModelConfig, "model", "head_width", 7, "even"),
+    (ModelConfig, "model", "mlp_width", 0, "positive"),
+    (ModelConfig, "model", "attention_chunk", 0, "positive"),
+    (MeshConfig, "mesh", "data", 0, "-1 for the rest"),
+    (MeshConfig, "mesh", "fsdp", -2, "-1 for the rest"),
+    (MeshConfig, "mesh", "tensor", -1, "only one axis"),  # data is -1 already
+    (RolloutConfig, "rollout", "prompts", 0, "at least 1"),
+    (RolloutConfig, "rollout", "max_prompt", 0, "at least 1"),
+    (RolloutConfig, "rollout", "max_response", 0, "at least 1"),
+    (RolloutConfig, "rollout", "group_size", 1, "at least 2"),  # a group of one has nothing to be compared with
+    (RolloutConfig, "rollout", "temperature", 0.0, "more than 0"),
+    (RolloutConfig, "rollout", "temperature", float("nan"), "more than 0"),
+    (RolloutConfig, "rollout", "top_p", 0.0, "at most 1"),
+    (RolloutConfig, "rollout", "top_p", 1.5, "at most 1"),
+    (RolloutConfig, "rollout", "top_k", -1, "0 for off"),
+    (RewardConfig, "reward", "correct", 0.0, "reward.incorrect"),  # no better than a wrong answer
+    (RewardConfig, "reward", "workers", 0, "at least 1"),
+    (RewardConfig, "reward", "deadline_s", 0.0, "more than 0"),
+    (RewardConfig, "reward", "memory_mb", 100, "at least 256"),
+    (LossConfig, "loss", "clip_low", 1.0, "1 - clip_low"),
+    (LossConfig, "loss", "clip_low", -0.1, "1 - clip_low"),
+    (LossConfig, "loss", "clip_high", -0.1, "0 or more"),
+    (LossConfig, "loss", "m", 0.5, "1 or more"),
+    (LossConfig, "loss", "n", -1.5, "-1 or more"),
+    (LossConfig, "loss", "dual_clip", 1.2, "above 1 + clip_high"),  # inside the region, which ends at 1.28
+    (UpdateConfig, "update", "updates", 0, "at least 1"),
+    (UpdateConfig, "update", "tokens_per_row", 0, "at least 1"),
+    (UpdateConfig, "update", "tokens_per_device", 0, "multiple"),
+    (UpdateConfig, "update", "tokens_per_device", 1500, "multiple of update.tokens_per_row"),  # rows are 1024
+    (UpdateConfig, "update", "logprob_chunk", 0, "at least 1"),
+    (OptimizerConfig, "optimizer", "learning_rate", 0.0, "more than 0"),
+    (OptimizerConfig, "optimizer", "warmup_iterations", -1, "0 for none"),
+    (OptimizerConfig, "optimizer", "beta1", 1.0, "[0, 1)"),
+    (OptimizerConfig, "optimizer", "beta2", -0.1, "[0, 1)"),
+    (OptimizerConfig, "optimizer", "eps", 0.0, "more than 0"),
+    (OptimizerConfig, "optimizer", "clip_norm", 0.0, "more than 0"),
+    (OptimizerConfig, "optimizer", "weight_decay", -0.1, "0 for none"),
+    (OptimizerConfig, "optimizer", "max_skipped", 0, "at least 1"),
+    (SftConfig, "sft", "updates", -1, "0 for none"),
+    (SftConfig, "sft", "examples", 0, "at least 1"),
+    (SftConfig, "sft", "log_every", 0, "at least 1"),
+    (SftConfig, "sft", "checkpoint_every", 0, "at least 1"),
+    (SftConfig, "sft", "learning_rate", 0.0, "more than 0"),
+    (SftConfig, "sft", "warmup_updates", -1, "0 for none"),
+    (EvalConfig, "eval", "every", -1, "first and last only"),
+    (EvalConfig, "eval", "problems", 0, "data.held_out=''"),
+    (EvalConfig, "eval", "samples", -1, "greedy only"),
+    (EvalConfig, "eval", "temperature", 0.0, "more than 0"),
+    (CheckpointConfig, "checkpoint", "every", 0, "at least 1"),
+    (CheckpointConfig, "checkpoint", "keep", 0, "at least 1"),
+]
+
+
+@pytest.mark.parametrize("section, name, setting, value, expected", BROKEN)
+def test_a_setting_that_breaks_its_rule_is_refused_with_value_and_fix(section, name, setting, value, expected):
+    with pytest.raises(ValueError) as refusal:
+        section(**{setting: value})
+    message = str(refusal.value)
+    # Rules of the whole mesh name the mesh; all others name the setting.
+    assert message.startswith(name if name == "mesh" else f"{name}.{setting} is {value!r}")
+    assert expected in message and "\n" not in message
+
+
+@pytest.mark.parametrize("setting, value, expected", [
+    ("iterations", -1, "warm start only"),
+    ("seed", -1, "0 to 2147483647"),
+    ("seed", 2**31, "31 bits"),
+])  # fmt: skip
+def test_a_setting_of_the_run_that_breaks_its_rule_is_refused(setting, value, expected):
+    with pytest.raises(ValueError, match=f"{setting} is {value}.*{expected}"):
+        Config(**{setting: value})
+
+
+def test_a_packed_row_must_hold_the_longest_prompt_and_response():
+    rollout = RolloutConfig(max_prompt=64, max_response=32)
+    fits = Config(rollout=rollout, update=UpdateConfig(tokens_per_row=96, tokens_per_device=96))
+    assert fits.update.tokens_per_row == 64 + 32
+    with pytest.raises(ValueError, match=r"update.tokens_per_row is 95, .* 96 tokens .* at least 96"):
+        Config(rollout=rollout, update=UpdateConfig(tokens_per_row=95, tokens_per_device=95))
+
+
+def test_updates_must_divide_the_prompts():
+    with pytest.raises(ValueError, match=r"update.updates is 3, .* 32 groups; .*divisor of rollout.prompts"):
+        Config(update=UpdateConfig(updates=3))
+
+
+@pytest.mark.parametrize("change, same", [
+    ("loss.clip_low=0.1", False),
+    ("seed=1", False),
+    ("model.width=64", False),
+    ("sft.updates=3", False),
+    ("name=other", False),
+    ("iterations=99", True),  # a run that is made longer goes on
+    ("mesh.data=2", True),  # as one does on another machine
+    ("checkpoint.every=1", True),
+    ("eval.every=1", True),
+    ("reward.workers=7", True),
+])  # fmt: skip
+def test_the_default_workdir_changes_with_what_is_computed_and_with_nothing_else(change, same):
+    changed = load([SMOKE, f"--config.{change}"])
+    assert (default_workdir(changed) == default_workdir(load([SMOKE]))) == same
+
+
+def test_the_default_workdir_is_named_after_the_run():
+    folder, name = default_workdir(Config(name="sums")).parts
+    assert folder == "runs" and name.startswith("sums-") and len(name) == len("sums-") + 8
+
+
+def test_fixed_settings_leave_out_only_what_may_change():
+    config = Config()
+    left_out = flatten(config).keys() - fixed_settings(config).keys()
+    assert left_out == {
+        "iterations", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.every", "checkpoint.keep", "reward.workers",
+        "reward.deadline_s", "reward.memory_mb", "eval.every",
+    }  # fmt: skip
+    assert fixed_settings(config)["loss.clip_low"] == 0.2
+
+
+def test_the_recorded_config_reads_back_to_the_same_settings():
+    config = load([SMOKE])
+    recorded = json.loads(to_json(config))
+    sections = {section.name: section.type for section in dataclasses.fields(Config)}
+    assert Config(**{name: sections[name](**value) if isinstance(value, dict) else value for name, value in recorded.items()}) == config
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_every_setting_has_a_comment_which_is_its_help(section):
+    lines = (ROOT / "dgpo_jax/config.py").read_text().splitlines()
+    for field in dataclasses.fields(section):
+        line = next(line for line in lines[lines.index(f"class {section.__name__}:") :] if line.startswith(f"    {field.name}: "))
+        assert "  # " in line, line
+
+
+@pytest.mark.parametrize("text, expected", [
+    (None, "no such Python file"),
+    ("def get_config(:\n", "bad.py, line 1"),  # a syntax error
+    ("import nowhere_to_be_found\n", "nowhere_to_be_found"),
+    ("from dgpo_jax.config import Confg\n", "Confg"),
+    ("def get_config():\n    return Confg()\n", "Confg"),  # a name that is not there
+    ("def get_config():\n    return {}['iterations']\n", "iterations"),
+    ("x = 1\n", "get_config"),  # no such function
+    ("def get_config():\n    return {'seed': 1}\n", "returned dict"),
+    ("from dgpo_jax.config import Config\nget_config = lambda: Config(sedd=1)\n", "sedd"),
+    ("from dgpo_jax.config import Config\nget_config = lambda: Config(seed=-1)\n", "seed is -1"),
+])  # fmt: skip
+def test_a_config_file_that_does_not_work_is_refused_by_its_name(text, expected, tmp_path, capsys):
+    path = tmp_path / "bad.py"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        load([f"--config={path}"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert error.startswith("error: ") and str(path) in error and expected in error
+    assert error.count("\n") == 1
+
+
+def test_a_config_that_is_not_python_is_refused(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("seed: 1\n")
+    with pytest.raises(SystemExit) as stop:
+        load([f"--config={tmp_path / 'run.yaml'}"])
+    assert stop.value.code == 2 and "no such Python file" in capsys.readouterr().err
+
+
+def test_without_a_config_the_command_to_try_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        load(["--config.seed=1"])
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: no --config given; try: python -m dgpo_jax.config --config=")

@@ -1,0 +1,268 @@
+"""The whole program on a run of seconds: what it leaves, that SIGKILL changes nothing, that devices change nothing."""
+
+import fcntl
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dgpo_jax import evaluation, session, train
+from dgpo_jax.build import abstract_state, build_parts
+from dgpo_jax.checkpoint import Checkpoints, peek
+from dgpo_jax.config import MeshConfig, load, replace
+from dgpo_jax.metrics import read_metrics
+from dgpo_jax.sharding import to_host
+
+ROOT = Path(__file__).parent.parent
+TINY = f"--config={ROOT / 'tests/tiny_config.py'}"
+CONFIG = load([TINY])
+LAST = CONFIG.iterations
+RUN_DEADLINE_S = 600
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all processes of this test run, should it have several (pytest-xdist)."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "train"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def command(folder):
+    """The function (workdir, die_at) -> a process that trains on one device and shares compiled programs with the others."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, and a third less to wait for the compiler
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+    def command(workdir, die_at=None):
+        start = [str(ROOT / "tests/die_at.py"), die_at] if die_at else ["-m"]
+        arguments = [sys.executable, *start, "dgpo_jax.train", TINY, f"--workdir={workdir}"]
+        return subprocess.Popen(
+            arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    return command
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder, command):
+    """The workdir of a run that nothing happened to."""
+    workdir = folder / "undisturbed"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # whoever comes first runs it
+        if not (folder / "undisturbed.log").exists():
+            process = command(workdir)
+            output, _ = process.communicate(timeout=RUN_DEADLINE_S)
+            assert process.returncode == 0, output
+            (folder / "undisturbed.log").write_text(output)
+    return workdir
+
+
+def recorded(path):
+    """The lines of a metrics.jsonl without what depends on the clock and the machine."""
+    return [
+        {key: value for key, value in json.loads(line).items() if key.split("/")[0] not in ("time", "speed", "memory")}
+        for line in path.read_text().splitlines()
+    ]
+
+
+def test_a_run_leaves_all_its_files(undisturbed):
+    assert [row["iteration"] for row in read_metrics(undisturbed / "metrics.jsonl")] == [0, 1, 2, 3, 4, 5]
+    assert [row["update"] for row in read_metrics(undisturbed / "sft/metrics.jsonl")] == [*range(5, 65, 5)]
+    assert names(undisturbed / "rollouts") == [f"iteration_{number:06d}.jsonl" for number in (1, 2, 3, 4, 5)]
+    # Before the first iteration, every second, and after the last.
+    assert names(undisturbed / "eval") == [f"iteration_{number:06d}.jsonl" for number in (0, 2, 4, 5)]
+    assert names(undisturbed / "checkpoints") == ["iteration_000004", "iteration_000005"]  # keep is 2
+    assert peek(undisturbed / "checkpoints") == (5, {"skipped_in_a_row": 0})
+    assert (undisturbed / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(undisturbed.glob("tensorboard/events.out.tfevents.*"))) == 1
+    assert len(list(undisturbed.glob("sft/tensorboard/events.out.tfevents.*"))) == 1
+    assert json.loads((undisturbed / "config.json").read_text())["model"]["width"] == 32
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_run_tells_its_story(undisturbed, folder):
+    output = (folder / "undisturbed.log").read_text()
+    for text in ("1 x cpu", "8 prompts x 4 samples = 32 responses", "first prompt, answer", "supervised warm start: 60",
+                 "curves.png", "metrics.jsonl", "checkpoints/"):  # fmt: skip
+        assert text in output
+
+
+def test_every_response_is_written_with_its_verdict_and_reward(undisturbed):
+    metrics = read_metrics(undisturbed / "metrics.jsonl")
+    for iteration in range(1, LAST + 1):
+        rows = [json.loads(line) for line in open(undisturbed / f"rollouts/iteration_{iteration:06d}.jsonl")]
+        assert [row["sample"] for row in rows] == [0, 1, 2, 3] * 8
+        assert all(row["reward"] == (row["verdict"] == "correct") for row in rows)
+        # f32 and f64 means of 32 zeros and ones are both exact.
+        assert np.mean([row["reward"] for row in rows]) == metrics[iteration]["reward/mean"]
+        assert sum(row["tokens"] for row in rows) == metrics[iteration]["rollout/tokens"]
+    rows = [json.loads(line) for line in open(undisturbed / "eval/iteration_000005.jsonl")]
+    greedy = [row["verdict"] == "correct" for row in rows if row["round"] == "eval/greedy"]
+    assert len(rows) == 12 * (1 + 2) and len(greedy) == 12
+    assert np.mean(greedy) == metrics[5]["eval/greedy"]
+
+
+def test_the_warm_start_learns_and_updates_happen(undisturbed):
+    # Otherwise the tests below would compare runs in which nothing happens.
+    losses = [row["sft/loss"] for row in read_metrics(undisturbed / "sft/metrics.jsonl")]
+    assert losses[-1] < 0.3 * losses[0]
+    for row in read_metrics(undisturbed / "metrics.jsonl")[1:]:
+        assert row["policy/tokens"] > 0 and row["optim/grad_norm"] > 0 and row["optim/skipped"] == 0
+        assert row["policy/ratio_max"] > 1  # the second update meets weights that the first one moved
+
+
+def test_the_first_ratio_is_one_and_the_sampler_agrees_with_the_trainer(undisturbed):
+    for row in read_metrics(undisturbed / "metrics.jsonl")[1:]:
+        # Nothing where no group of the first update had an advantage.
+        assert row.get("policy/first_ratio_error", 0.0) < 1e-5
+        assert 0 < row["gap/mean"] <= row["gap/max"] < 1e-4
+
+
+def test_nothing_compiles_after_the_first_iteration(undisturbed):
+    compiling = {row["iteration"]: row["time/compile"] for row in read_metrics(undisturbed / "metrics.jsonl")}
+    assert compiling[0] > 0 and compiling[1] > 0
+    assert [compiling[iteration] for iteration in range(2, LAST + 1)] == [0.0] * (LAST - 1)
+
+
+# (what the process is about to do when it dies, the file)
+MOMENTS = [
+    ("to write down the first responses, no iteration saved", "*/rollouts/iteration_000001.jsonl"),
+    ("to write down responses, some metrics behind the newest checkpoint", "*/rollouts/iteration_000003.jsonl"),
+    ("to finish a checkpoint, whose arrays are there", "*/run/checkpoints/iteration_000004/manifest.json.partial"),
+    ("to start the last checkpoint, all metrics written", "*/run/checkpoints/iteration_000005/details.json"),
+]
+
+
+def test_a_run_killed_at_five_moments_ends_as_if_it_had_not_been(undisturbed, command, tmp_path):
+    workdir = tmp_path / "run"
+    kill_when_there(command(workdir), workdir / "sft/checkpoints/iteration_000020/manifest.json")
+    for _, pattern in MOMENTS:
+        process = command(workdir, die_at=pattern)
+        output, _ = process.communicate(timeout=RUN_DEADLINE_S)
+        assert process.returncode == -signal.SIGKILL, output
+        if "manifest" in pattern:
+            assert peek(workdir / "checkpoints")[0] < 4  # the torn one does not count
+    process = command(workdir)
+    output, _ = process.communicate(timeout=RUN_DEADLINE_S)
+    assert process.returncode == 0 and "going on after iteration 4 of 5" in output, output
+
+    for name in ("metrics.jsonl", "sft/metrics.jsonl"):
+        assert recorded(workdir / name) == recorded(undisturbed / name)
+    for name in ("rollouts", "eval"):
+        assert names(workdir / name) == names(undisturbed / name)
+        for path in (workdir / name).iterdir():
+            assert path.read_bytes() == (undisturbed / name / path.name).read_bytes()
+    assert_same_state(workdir, undisturbed)
+
+
+def kill_when_there(process, path):
+    """SIGKILL from outside, as soon as the file is there; whatever the process does by then is a moment too."""
+    deadline = time.monotonic() + RUN_DEADLINE_S
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
+        time.sleep(0.001)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+def assert_same_state(workdir, other):
+    """Weights, moments and the count of updates, to the bit."""
+    target = abstract_state(build_parts(CONFIG))
+    states = []
+    for folder in (workdir, other):
+        with Checkpoints(folder / "checkpoints") as checkpoints:
+            iteration, state, _ = checkpoints.restore(target)
+        assert iteration == LAST
+        states.append(to_host(state))
+    assert states[0].update == 5 * 2
+    np.testing.assert_equal(states[0], states[1])
+
+
+def test_a_finished_run_started_again_computes_nothing(undisturbed, tmp_path, monkeypatch, capsys):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    before = (workdir / "metrics.jsonl").read_bytes()
+    monkeypatch.setattr(train, "build_programs", None)  # not even built
+    last = train.train(CONFIG, workdir)
+    assert "nothing to do: all 5 iterations" in capsys.readouterr().out
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+    assert last["iteration"] == 5
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """{name: jitted program} of the run that follows, by the functions that build them."""
+    programs = {}
+
+    def watch(module, name, found):
+        build = getattr(module, name)
+
+        def recording(*arguments, **settings):
+            result = build(*arguments, **settings)
+            programs.update(found(result))
+            return result
+
+        monkeypatch.setattr(module, name, recording)
+
+    watch(train, "build_programs", lambda built: built._asdict())
+    watch(train, "make_decode_params", lambda built: {"decode_params": built})
+    watch(train, "make_rollout", lambda built: {"sample": built.sample})
+    watch(evaluation, "make_rollout", lambda built: {f"sample for evaluation {len(programs)}": built.sample})
+    return programs
+
+
+MESHES = {"data 8": MeshConfig(8, 1, 1), "fsdp 4 x tensor 2": MeshConfig(1, 4, 2)}
+# Counts of rows that follow from the devices, and differences that are rounding themselves.
+OF_THE_MESH = ("update/microbatches", "gap/mean", "gap/max", "policy/first_ratio_error")
+
+
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
+def test_eight_devices_go_on_with_a_run_of_one_and_do_the_same_with_programs_compiled_once(
+    mesh, undisturbed, tmp_path, compiled
+):
+    workdir = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(workdir / "checkpoints/iteration_000005")
+    # From iteration 4 and one further than before: the fifth has another to be compared with.
+    train.train(replace(CONFIG, mesh=mesh, iterations=6), workdir)
+
+    rows = recorded(workdir / "metrics.jsonl")
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3, 4, 5, 6]
+    assert rows[:5] == recorded(undisturbed / "metrics.jsonl")[:5]
+    name = "rollouts/iteration_000005.jsonl"
+    assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
+    expected = {key: value for key, value in recorded(undisturbed / "metrics.jsonl")[5].items() if not key.startswith("eval/")}
+    assert rows[5].keys() == expected.keys()
+    for key in expected.keys() - set(OF_THE_MESH):
+        assert rows[5][key] == pytest.approx(expected[key], rel=2e-4, abs=1e-6), key
+    assert rows[5]["gap/max"] < 1e-4 and rows[5]["policy/first_ratio_error"] < 1e-5
+
+    assert len(compiled) == 4 + 1 + 3  # the update's four programs, decode_params, three samplers
+    assert {name: program._cache_size() for name, program in compiled.items()} == dict.fromkeys(compiled, 1)
+
+
+def test_a_run_stops_when_too_many_updates_in_a_row_are_skipped():
+    most = CONFIG.optimizer.max_skipped
+    assert train.check_skipped(CONFIG, most - 1) == most - 1
+    with pytest.raises(ValueError, match=rf"{most} updates in a row .* lower optimizer.learning_rate"):
+        train.check_skipped(CONFIG, most)
+
+
+def test_the_workdir_is_claimed_before_anything_else(tmp_path):
+    session.claim_workdir(CONFIG, tmp_path / "a/b")
+    assert json.loads((tmp_path / "a/b/config.json").read_text())["name"] == "tiny"

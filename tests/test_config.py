@@ -222,6 +222,7 @@ def test_updates_must_divide_the_prompts():
     ("checkpoint.every=1", True),
     ("eval.every=1", True),
     ("reward.workers=7", True),
+    ("update.tokens_per_device=512", True),  # more or fewer rows at once: the same sum
 ])  # fmt: skip
 def test_the_default_workdir_changes_with_what_is_computed_and_with_nothing_else(change, same):
     changed = load([SMOKE, f"--config.{change}"])
@@ -238,7 +239,7 @@ def test_fixed_settings_leave_out_only_what_may_change():
     left_out = flatten(config).keys() - fixed_settings(config).keys()
     assert left_out == {
         "iterations", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.every", "checkpoint.keep", "reward.workers",
-        "reward.deadline_s", "reward.memory_mb", "eval.every",
+        "reward.deadline_s", "reward.memory_mb", "eval.every", "update.tokens_per_device", "data.data_dir", "data.manual_dir",
     }  # fmt: skip
     assert fixed_settings(config)["loss.clip_low"] == 0.2
 

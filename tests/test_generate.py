@@ -20,7 +20,7 @@ def inner():
     from tokenizers import models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<end>", "<unknown>", *"one two three four five six seven".split()]
+    words = ["<pad>", "<end>", "<unknown>", "one", "two", "three", "four", "five", "six", "seven"]
     words += [f"word{number}" for number in range(len(words), 64)]
     pieces = Pieces(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<unknown>"))
     pieces.pre_tokenizer = pre_tokenizers.Whitespace()

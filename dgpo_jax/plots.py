@@ -17,7 +17,8 @@ class Panel(NamedTuple):
     title: str
     unit: str
     keys: tuple[str, ...]
-    kind: str = "lines"  # "lines", "stacked" (areas that add up), or "log" (logarithmic where that helps)
+    # "lines", "stacked" (areas that add up), "log" (logarithmic where that helps), or "share" (0 to 1 where all are)
+    kind: str = "lines"
     zero_based: bool = False  # True: the axis starts at 0
 
 
@@ -26,8 +27,9 @@ PANELS = (
         "Reward and held-out accuracy",
         "mean per response",
         ("reward/mean", "eval/*[0-9]", "eval/*greedy"),
+        kind="share",
     ),
-    Panel("Response length", "tokens", ("rollout/*length*", "eval/*length*"), zero_based=True),
+    Panel("Response length", "tokens", ("rollout/response_length*", "eval/*length*"), zero_based=True),
     Panel("Entropy", "nats per token", ("policy/entropy",), zero_based=True),
     Panel("Distance from the sampling policy", "", ("policy/*kl*", "policy/ratio_max", "policy/clipped*"), kind="log"),
     Panel("Gradient norm", "before clipping", ("optim/grad_norm",), kind="log"),
@@ -111,8 +113,11 @@ def _dress(axes: Any, panel: Panel, many: bool, log: bool) -> None:
     axes.spines[["left", "bottom"]].set_color("#bbbbbb")
     axes.tick_params(colors="#555555")
     axes.margins(x=0.02)
+    low, high = axes.get_ylim()
     if log:
         axes.set_yscale("log")
+    elif panel.kind == "share" and low > -0.1 and high < 1.1:  # matplotlib's own margins included
+        axes.set_ylim(0, 1.02)
     elif panel.zero_based or panel.kind == "stacked":
         # Room above for the legend, which would lie on the areas.
         axes.set_ylim(0, axes.get_ylim()[1] * (1.25 if panel.kind == "stacked" else 1.03))

@@ -66,10 +66,7 @@ def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
 
 def solved_problems(config: Config, parts: Parts) -> ProblemStream:
     """What the warm start learns from: sft.data, or else the run's own problems; either way prompts that fit."""
-    if not config.sft.data:
-        stream = parts.stream
-    else:
-        stream = _fitting_stream(config, parts)
+    stream = _fitting_stream(config, parts) if config.sft.data else parts.stream
     unsolved = next((problem for problem in stream.problems if not problem.solution), None)
     if unsolved is not None:
         raise ValueError(

@@ -55,6 +55,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     found = peek(workdir / "checkpoints")
     if found and found[0] >= config.iterations > 0:
         say(f"nothing to do: all {config.iterations} iterations were done before; raise iterations to go on")
+        MetricsWriter(workdir, resume_iteration=found[0] + 1).close()  # lines of a longer run that was killed
         return finish(config, workdir)
     parts = build_parts(config)
     print_plan(config, parts, workdir)

@@ -16,6 +16,9 @@ import numpy as np
 
 from dgpo_jax.data import generated
 
+# Without this, importing transformers advises to install PyTorch, which is never needed here.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
 # Markers that end a turn in the chat templates of the model families in use; a model stops at them even where
 # its configuration names only an end-of-text token (Qwen2.5 base models do that).
 TURN_ENDS = ("<|im_end|>", "<|eot_id|>", "<end_of_turn>", "<|end|>")

@@ -243,6 +243,7 @@ def _point(seed, names, index, mixed, scale=1):
 
 
 def value_at(node, point):
+    """The number a tree stands for at a point {symbol: value}; None where it has none, or only a huge one."""
     try:
         return arithmetic.numeric(node, point)
     except (arithmetic.UndefinedError, TooLargeError):
@@ -250,6 +251,7 @@ def value_at(node, point):
 
 
 def gap_at(left, right, point, digits):
+    """left - right at a point, to so many digits; None where either side has no value."""
     with mpmath.workdps(digits):
         a, b = value_at(left, point), value_at(right, point)
         if a is None or b is None:
@@ -271,12 +273,14 @@ def as_exact(node):
 
 
 def close(a, b):
+    """Equal but for the last ten digits of the working precision; infinities only if the same."""
     if not (mpmath.isfinite(a) and mpmath.isfinite(b)):
         return a == b
     return abs(a - b) <= max(abs(a), abs(b)) * mpmath.mpf(10) ** (10 - DIGITS)
 
 
 def close_decimal(a, b):
+    """Equal to the relative tolerance that a written decimal allows."""
     if not (mpmath.isfinite(a) and mpmath.isfinite(b)):
         return a == b
     return abs(a - b) <= max(abs(a), abs(b)) * _DECIMAL_TOLERANCE

@@ -287,6 +287,7 @@ class Translator:
 
 
 def is_real_number(value):
+    """True for a SymPy value without symbols and without the imaginary unit."""
     return not value.free_symbols and not value.has(I)
 
 
@@ -296,4 +297,5 @@ def bits(value):
 
 
 def size(value):
+    """Nodes of a SymPy value."""
     return sum(1 for _ in sympy.preorder_traversal(value))

@@ -31,6 +31,7 @@ def terms(node, head):
 
 
 def matrix_add(parser, left, right):
+    """Sum of two matrices of one shape, entry by entry; raises UnparsableError for other shapes."""
     if left[0] != right[0] or [len(row) for row in left[1]] != [len(row) for row in right[1]]:
         raise UnparsableError("sum of a matrix and something of another shape")
     rows = zip(left[1], right[1], strict=True)

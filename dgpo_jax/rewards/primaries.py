@@ -27,6 +27,7 @@ def rule(token):
 
 
 def leading_text(parser, token):
+    """Words where a value should stand: a single letter is a name, anything else is refused."""
     if len(token.value) == 1:  # \\text{B}: where a value should stand, a letter is a name and no unit
         return parser.node("symbol", token.value)
     raise UnparsableError(f"words {token.value!r} where a value should stand")
@@ -159,18 +160,22 @@ def argument(parser, single_digit=False):
 
 
 def number_node(parser, token):
+    """A number as an exact fraction."""
     return parser.node("number", Fraction(int(token.value)), None)
 
 
 def frac(parser, token):
+    """\\frac{1}{2}, and \\frac12 with single digits."""
     return parser.div(argument(parser, single_digit=True), argument(parser, single_digit=True))
 
 
 def binom(parser, token):
+    """\\binom{n}{k}."""
     return parser.node("call", "binomial", argument(parser, single_digit=True), argument(parser, single_digit=True))
 
 
 def sqrt(parser, token):
+    """\\sqrt{x} and \\sqrt[n]{x}."""
     degree = ("number", Fraction(2), None)
     if parser.accept("["):
         degree = scalar(parser.sum())
@@ -199,6 +204,7 @@ def function(parser, token):
 
 
 def call_arguments(parser):
+    """Arguments of a function: in brackets, or the product that follows as in sin 2x."""
     if parser.at("(", "{", "["):
         opener = parser.accept("(", "{", "[")
         items = parser.items()
@@ -234,6 +240,7 @@ def brace(parser, token):
 
 
 def set_brace(parser, token):
+    """\\{1, 2\\}, also empty."""
     if parser.accept("\\}"):
         return parser.node("set", ())
     items = parser.items()
@@ -287,6 +294,7 @@ def big_sum(parser, token):
 
 
 def number_set(parser, token):
+    """\\mathbb{R}; no other set of numbers is known."""
     if argument_text(parser) != "R":
         raise UnparsableError("number set")
     return parser.node("reals")

@@ -2,7 +2,11 @@
 
     python -m dgpo_jax.train --config=configs/smoke.py
 
-Hardware: 2 CPU cores. Nothing is downloaded.
+Hardware: 2 CPU cores, two and a half minutes. Nothing is downloaded.
+Expected: held-out accuracy rises from 9 % (greedy) and 35 % (average of 8 samples) to more than 90 % both.
+
+The warm start learns from a careless teacher, whose sums are right but who boxes only two answers of five, and uses the wrong
+operation in one solution of five. What to box, and when to add, is left for DGPO to find out from rewards.
 """
 
 from dgpo_jax.config import (
@@ -34,7 +38,7 @@ def get_config() -> Config:
         rollout=RolloutConfig(prompts=32, group_size=8, max_prompt=32, max_response=16),
         update=UpdateConfig(updates=4, tokens_per_row=256, tokens_per_device=2560, logprob_chunk=256),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_iterations=2, beta2=0.99, weight_decay=0.0),
-        sft=SftConfig(updates=220, examples=64, learning_rate=3e-3),
+        sft=SftConfig(updates=220, examples=64, learning_rate=3e-3, checkpoint_every=50),
         eval=EvalConfig(every=5, problems=128, samples=8),
         checkpoint=CheckpointConfig(every=5),
     )  # fmt: skip

@@ -32,12 +32,12 @@ class ModelConfig:
 
     path: str = ""  # Hugging Face folder or hub name to start from; '' = random weights of the sizes below. A folder's own config.json wins over these sizes
     vocab_size: int = 256  # V, rows of the embedding table
-    layers: int = 4  # L
-    width: int = 128  # D, of the residual stream
-    heads: int = 4  # query heads
+    layers: int = 4  # L, decoder layers
+    width: int = 128  # D, numbers per token in the residual stream
+    heads: int = 4  # query heads; a multiple of key_heads
     key_heads: int = 2  # K, key and value heads, each shared by heads / key_heads query heads
-    head_width: int = 32  # H
-    mlp_width: int = 512  # F
+    head_width: int = 32  # H, numbers per head
+    mlp_width: int = 512  # F, numbers per token inside the feed-forward part
     qkv_bias: bool = True  # Qwen2 has biases on query, key and value; Qwen3 and Llama do not
     qk_norm: bool = False  # Qwen3 normalises queries and keys per head
     tied_embeddings: bool = True  # the output matrix is the embedding table
@@ -261,7 +261,7 @@ class CheckpointConfig:
 class Config:
     """A whole run."""
 
-    name: str = "run"  # in the name of the default workdir
+    name: str = "run"  # of the run; the default workdir is runs/NAME-HASH
     seed: int = 0  # of weights, data order and sampling
     iterations: int = 100  # each is one rollout and the updates made from it
     model: ModelConfig = field(default_factory=ModelConfig)

@@ -293,7 +293,7 @@ class Config:
 # Settings that change how a run is carried out, not what it computes: a checkpoint goes on under another value.
 MAY_CHANGE = (
     "iterations", "mesh", "checkpoint", "update.tokens_per_device", "reward.workers", "reward.deadline_s",
-    "reward.memory_mb", "eval.every", "data.data_dir", "data.manual_dir",
+    "reward.memory_mb", "eval.every", "data.data_dir", "data.manual_dir", "sft.checkpoint_every",
 )  # fmt: skip
 
 

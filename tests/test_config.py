@@ -240,6 +240,7 @@ def test_fixed_settings_leave_out_only_what_may_change():
     assert left_out == {
         "iterations", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.every", "checkpoint.keep", "reward.workers",
         "reward.deadline_s", "reward.memory_mb", "eval.every", "update.tokens_per_device", "data.data_dir", "data.manual_dir",
+        "sft.checkpoint_every",
     }  # fmt: skip
     assert fixed_settings(config)["loss.clip_low"] == 0.2
 

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dgpo_jax.config import Config, DataConfig
+from dgpo_jax.config import Config, DataConfig, RewardConfig
 from dgpo_jax.data.problems import ProblemStream, load_problems
 from dgpo_jax.data.prompts import Template, fit_prompts
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dgpo_jax.models import Model, config_from_folder, load_parameters, resolve_folder
 from dgpo_jax.models.parameters import abstract_parameters, decays, parameter_shardings
+from dgpo_jax.rewards.pool import VerifierPool
 from dgpo_jax.rl.losses import resolve_settings
 from dgpo_jax.rl.optimizer import make_optimizer
 from dgpo_jax.rl.update import LossSettings, Programs, Shardings, make_programs
@@ -113,6 +114,11 @@ def load(data: DataConfig, source: str, seed: int) -> Sequence[Problem]:
         problem_field=data.problem_field, answer_field=data.answer_field,
         data_dir=data.data_dir or None, manual_dir=data.manual_dir or None,
     )  # fmt: skip
+
+
+def build_pool(reward: RewardConfig) -> VerifierPool:
+    """The processes that check answers; a context manager."""
+    return VerifierPool(reward.workers, reward.deadline_s, reward.extract, reward.memory_mb)
 
 
 def build_shardings(model: Model, optimizer: optax.GradientTransformation) -> Shardings:

@@ -15,7 +15,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -407,5 +407,5 @@ def to_json(config: Config) -> str:
 __all__ = [
     "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LossConfig", "MeshConfig", "ModelConfig",
     "OptimizerConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "default_workdir",
-    "fixed_settings", "flatten", "load", "parse_command", "replace", "to_json",
+    "fixed_settings", "flatten", "load", "parse_command", "to_json",
 ]  # fmt: skip

@@ -30,21 +30,18 @@ def make_evaluation(config: Config, parts: Parts, pool) -> Callable[..., tuple[d
         metrics, rows = {}, []
         for name, rollout in rollouts.items():
             size = batch_size(config, parts, rounds[name].group_size)
-            correct, total, lengths = 0, 0, []
+            correct, lengths = [], []
             for first in range(0, len(parts.held_out), size):
                 problems = parts.held_out[first : first + size]
                 draw = Draw(config.seed, EVALUATION, 0, first)
-                responses = rollout(params, pad_problems(problems, size), draw)
-                real = len(problems) * responses.group_size  # the rest repeats the last problem to fill the batch
-                verdicts = pool.score(responses.answers()[:real])
-                correct += sum(verdict.correct for verdict in verdicts)
-                total += real
-                lengths.extend(responses.lengths[:real])
-                rewards = np.array([verdict.correct for verdict in verdicts] + [0] * (len(responses.texts) - real))
-                padded = [*verdicts, *verdicts[-1:] * (len(responses.texts) - real)]
-                rows += [{"round": name} | row for row in to_rows(responses, padded, rewards)[:real]]
-            if total:
-                metrics[name] = correct / total
+                responses = rollout(params, pad_problems(problems, size), draw).first(len(problems))
+                verdicts = pool.score(responses.answers())
+                right = np.array([verdict.correct for verdict in verdicts])
+                correct.extend(right)
+                lengths.extend(responses.lengths)
+                rows += [{"round": name} | row for row in to_rows(responses, verdicts, right)]
+            if correct:
+                metrics[name] = float(np.mean(correct))
                 metrics[f"{name}_length"] = float(np.mean(lengths))
         return metrics, rows
 

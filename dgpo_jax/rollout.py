@@ -30,6 +30,13 @@ class Responses(NamedTuple):
         """i64[B], tokens, the stop token included."""
         return np.asarray(self.rollout.response_mask).sum(axis=1)
 
+    def first(self, problems: int) -> "Responses":
+        """Those to the first so many problems."""
+        prompts = Prompts(*(array[:problems] for array in self.prompts))
+        rows = problems * self.group_size
+        rollout = Rollout(*(array[:rows] for array in self.rollout))
+        return Responses(self.problems[:problems], prompts, rollout, self.texts[:rows])
+
     def answers(self) -> list[tuple[str, str]]:
         """(reference answer, response) for every row, as the verifier takes them."""
         return [(self.problems[row // self.group_size].answer, text) for row, text in enumerate(self.texts)]

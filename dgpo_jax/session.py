@@ -1,11 +1,12 @@
 """What every command does around its story: read the command line, claim the workdir, say what is going on."""
 
+import contextlib
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -104,27 +105,20 @@ class Stopwatch:
         if event == "/jax/core/compile/backend_compile_duration":
             self._compiling += seconds
 
-    def __call__(self, name: str):
-        return _Part(self, name)
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self.show(name)
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def take(self) -> dict[str, float]:
         """The seconds since the last call, as metrics; those of compilation are inside the other parts too."""
         seconds, self.seconds = self.seconds, {}
         compiling, self._compiling = self._compiling, 0.0
         return {f"time/{name}": value for name, value in seconds.items()} | {"time/compile": compiling}
-
-
-class _Part:
-    def __init__(self, stopwatch: Stopwatch, name: str):
-        self.stopwatch, self.name = stopwatch, name
-
-    def __enter__(self):
-        self.stopwatch.show(self.name)
-        self.began = time.perf_counter()
-
-    def __exit__(self, *exception):
-        spent = time.perf_counter() - self.began
-        self.stopwatch.seconds[self.name] = self.stopwatch.seconds.get(self.name, 0.0) + spent
 
 
 def memory_metrics() -> dict[str, float]:

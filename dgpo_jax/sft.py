@@ -8,12 +8,11 @@ checkpoint of iteration 0.
 
 from pathlib import Path
 
-from dgpo_jax.build import build_parts, fresh_state, make_decode_params
+from dgpo_jax.build import build_parts, build_pool, fresh_state, make_decode_params
 from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation import make_evaluation
 from dgpo_jax.plan import print_plan
-from dgpo_jax.rewards.pool import VerifierPool
 from dgpo_jax.session import claim_workdir, run_command, say
 from dgpo_jax.supervised import warm_start
 
@@ -36,9 +35,8 @@ def sft(config: Config, workdir: str | Path) -> dict[str, float]:
         return {}
     parts = build_parts(config)
     print_plan(config, parts, workdir)
-    reward = config.reward
     with (
-        VerifierPool(reward.workers, reward.deadline_s, reward.extract, reward.memory_mb) as pool,
+        build_pool(config.reward) as pool,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         state = fresh_state(parts, warm_start(config, parts, workdir).params)

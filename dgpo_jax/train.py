@@ -21,6 +21,7 @@ from dgpo_jax.build import (
     Parts,
     abstract_state,
     build_parts,
+    build_pool,
     build_programs,
     build_state,
     fresh_state,
@@ -66,7 +67,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     rollout = make_rollout(parts, sampling, config.rollout.max_prompt)
 
     with (
-        VerifierPool(config.reward.workers, config.reward.deadline_s, config.reward.extract, config.reward.memory_mb) as pool,
+        build_pool(config.reward) as pool,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         check_golds(pool, parts)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,6 @@ from dgpo_jax.config import (
     fixed_settings,
     flatten,
     load,
-    replace,
     to_json,
 )
 

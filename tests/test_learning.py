@@ -1,6 +1,7 @@
 """From a rollout to updates: what is computed, what it is divided by, and what is reported."""
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
@@ -8,7 +9,6 @@ import pytest
 from tiny_config import get_config
 
 from dgpo_jax import build, train
-from dgpo_jax.config import replace
 from dgpo_jax.data.prompts import encode_prompts
 from dgpo_jax.learning import gap_metrics, learn, make_minibatches, policy_metrics, set_old_logprobs
 from dgpo_jax.rl.packing import split_groups

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from dgpo_jax import evaluation, train
 from dgpo_jax.build import abstract_state, build_parts
 from dgpo_jax.checkpoint import Checkpoints, peek
-from dgpo_jax.config import MeshConfig, load, replace
+from dgpo_jax.config import MeshConfig, load
 from dgpo_jax.metrics import read_metrics
 from dgpo_jax.sharding import to_host
 

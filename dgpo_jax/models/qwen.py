@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from dgpo_jax.models import parameters
 from dgpo_jax.models.attention import attention
 from dgpo_jax.models.layers import layer_graphdef, rms_norm, rotary
-from dgpo_jax.sharding import DECODE_RULES, RULES, constrain, sharding_for
+from dgpo_jax.sharding import DECODE_RULES, RULES, constrain
 from dgpo_jax.types import KVCache
 
 # Logical axes of the cache.
@@ -77,10 +77,6 @@ class Model:
             position=jnp.zeros((batch, slots), jnp.int32),
         )
         return KVCache(*(constrain(leaf, self.mesh, axes) for leaf, axes in zip(cache, CACHE_AXES, strict=True)))
-
-    def cache_shardings(self):
-        """The sharding of each array of the cache, for `out_shardings`; needs a mesh."""
-        return KVCache(*(sharding_for(self.mesh, axes) for axes in CACHE_AXES))
 
     def hidden(self, params, tokens, segment, position, cache=None, slot=None):
         """Runs all layers.

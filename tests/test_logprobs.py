@@ -89,7 +89,8 @@ def test_many_chunks_round_the_gradient_of_the_output_matrix_no_more_than_one():
     assert many < 1.1 * one  # added up in bfloat16, 128 chunks give six times the error
 
 
-def test_the_logits_of_all_slots_are_never_held():
+@pytest.mark.parametrize("entropy_gradient", [False, True])
+def test_the_logits_of_all_slots_are_never_held(entropy_gradient):
     rows, slots, width, vocabulary = 2, 256, 8, 512
     arguments = (
         jax.ShapeDtypeStruct((rows, slots, width), jnp.float32),
@@ -99,7 +100,10 @@ def test_the_logits_of_all_slots_are_never_held():
 
     def temporaries(chunk):
         def total(hidden, unembedding, tokens):
-            return jnp.sum(token_logprobs(hidden, unembedding, tokens, temperature=1.0, chunk=chunk)[0])
+            logprobs, entropy = token_logprobs(
+                hidden, unembedding, tokens, temperature=1.0, chunk=chunk, entropy_gradient=entropy_gradient
+            )
+            return jnp.sum(logprobs) + jnp.sum(entropy)
 
         compiled = jax.jit(jax.grad(total, argnums=(0, 1))).lower(*arguments).compile()
         return compiled.memory_analysis().temp_size_in_bytes
@@ -107,3 +111,62 @@ def test_the_logits_of_all_slots_are_never_held():
     all_logits = 4 * rows * slots * vocabulary  # 1 MiB
     assert temporaries(chunk=slots) >= all_logits  # the measure sees them where they are
     assert temporaries(chunk=8) < all_logits / 4  # a chunk's are 1/32 of it
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 64])  # of 10 slots: 4 does not divide them, 64 is more than there are
+def test_the_gradient_with_an_entropy_bonus_is_that_of_the_plain_formula_in_float64(inputs, chunk):
+    hidden, unembedding, tokens = inputs
+    logprob_pull, entropy_pull = np.random.default_rng(3).normal(size=(2, ROWS, SLOTS - 1))
+
+    def total(logprobs, entropy):
+        return jnp.sum(logprob_pull.astype(logprobs.dtype) * logprobs) + jnp.sum(
+            entropy_pull.astype(entropy.dtype) * entropy
+        )
+
+    def chunked(hidden, unembedding):
+        outputs = token_logprobs(hidden, unembedding, tokens, temperature=0.7, chunk=chunk, entropy_gradient=True)
+        return total(*(x[:, 1:] for x in outputs))
+
+    ours = jax.jit(jax.grad(chunked, argnums=(0, 1)))(hidden, unembedding)
+    with jax.enable_x64(True):
+        exact = jax.grad(lambda *weights: total(*plain(*weights, jnp.asarray(tokens), 0.7)), argnums=(0, 1))(
+            jnp.asarray(hidden, jnp.float64), jnp.asarray(unembedding, jnp.float64)
+        )
+    for one, other in zip(ours, exact, strict=True):
+        assert other.dtype == np.float64
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-6 * np.abs(other).max())  # f32 rounds at 6e-8
+
+
+def test_the_entropy_gradient_is_that_of_finite_differences(inputs):
+    # In numpy and f64, so that neither the formula nor JAX's differentiation is shared with what is tested.
+    hidden, unembedding, tokens = inputs
+    pull = np.random.default_rng(4).normal(size=(ROWS, SLOTS - 1))
+    steps = [np.random.default_rng(5).normal(size=x.shape) for x in (hidden, unembedding)]
+
+    def plain_sum(size):
+        logits = (hidden + size * steps[0])[:, :-1] @ (unembedding + size * steps[1]) / 0.7
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        return -np.sum(pull * np.sum(probabilities * np.log(probabilities), axis=-1))
+
+    def chunked_sum(hidden, unembedding):
+        entropy = token_logprobs(hidden, unembedding, tokens, temperature=0.7, chunk=4, entropy_gradient=True)[1]
+        return jnp.sum(pull.astype(np.float32) * entropy[:, 1:])
+
+    gradients = jax.grad(chunked_sum, argnums=(0, 1))(hidden, unembedding)
+    ours = sum(np.sum(np.asarray(g, np.float64) * step) for g, step in zip(gradients, steps, strict=True))
+    np.testing.assert_allclose(ours, (plain_sum(1e-5) - plain_sum(-1e-5)) / 2e-5, rtol=1e-5)
+
+
+def test_an_entropy_that_is_only_watched_has_no_gradient(inputs):
+    hidden, unembedding, tokens = inputs
+
+    def entropy_sum(hidden, unembedding):
+        return jnp.sum(token_logprobs(hidden, unembedding, tokens, temperature=0.7, chunk=4)[1])
+
+    for gradient in jax.grad(entropy_sum, argnums=(0, 1))(hidden, unembedding):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_the_flag_changes_neither_output(inputs):
+    one, other = (token_logprobs(*inputs, temperature=0.7, chunk=4, entropy_gradient=flag) for flag in (False, True))
+    jax.tree.map(np.testing.assert_array_equal, one, other)

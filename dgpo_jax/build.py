@@ -5,7 +5,7 @@ is read. Every refusal is a ValueError of one line.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import NamedTuple
 
 import jax
@@ -19,8 +19,9 @@ from dgpo_jax.data.prompts import Template, fit_prompts
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dgpo_jax.models import Model, config_from_folder, load_parameters, resolve_folder
 from dgpo_jax.models.parameters import abstract_parameters, decays, parameter_shardings
+from dgpo_jax.recipe import method_settings
 from dgpo_jax.rewards.pool import VerifierPool
-from dgpo_jax.rl.losses import resolve_settings
+from dgpo_jax.rl.correction import Correction
 from dgpo_jax.rl.optimizer import make_optimizer
 from dgpo_jax.rl.update import LossSettings, Programs, Shardings, make_programs
 from dgpo_jax.sharding import DECODE_RULES, make_mesh, sharding_for
@@ -170,17 +171,19 @@ def fresh_state(parts: Parts, params) -> TrainState:
 
 
 def build_programs(config: Config, parts: Parts) -> Programs:
-    """The programs of a policy update."""
+    """The programs of a policy update; the config is resolved."""
+    in_loss = config.kl.place == "loss"
     loss = LossSettings(
-        config.loss.method, loss_settings(config), config.rollout.temperature, config.update.logprob_chunk
-    )
+        config.loss.method, method_settings(config), config.rollout.temperature, config.update.logprob_chunk,
+        kl=config.kl.coefficient if in_loss else 0.0, kl_estimator=config.kl.estimator, entropy=config.loss.entropy,
+        correction=Correction(**asdict(config.correction)),
+    )  # fmt: skip
     return make_programs(parts.model, parts.optimizer, loss, parts.shardings)
 
 
-def loss_settings(config: Config) -> dict[str, float | None]:
-    """The settings that the method reads, with the published values where the config leaves them open."""
-    names = resolve_settings(config.loss.method)
-    return resolve_settings(config.loss.method, **{name: getattr(config.loss, name) for name in names})
+def build_reference(parts: Parts, params):
+    """A copy of these weights for forward passes only: in the compute dtype, laid out like the ones being trained."""
+    return jax.jit(parts.model.cast, out_shardings=parts.shardings.state.params)(params)
 
 
 def make_decode_params(parts: Parts):

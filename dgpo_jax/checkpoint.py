@@ -3,6 +3,7 @@
     checkpoints/iteration_000120/
         details.json     iteration, `extra`, and the dtype and shape of every array
         state/           what Orbax wrote
+        host.npz         arrays of the host, such as responses not yet learned from; only where there are any
         manifest.json    size and checksum of every other file; written last, so a folder without it was never finished
 
 Why a manifest when Orbax commits atomically: Orbax reads a flipped byte without noticing, casts float32 to bfloat16 when
@@ -19,6 +20,7 @@ import re
 import shutil
 import tempfile
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +34,17 @@ from dgpo_jax.types import TrainState
 
 log = logging.getLogger(__name__)
 
-DETAILS, ARRAYS = "details.json", "state"
+DETAILS, ARRAYS, HOST_ARRAYS = "details.json", "state", "host.npz"
 NAME = re.compile(r"iteration_(\d+)(?:\.(\d+))?")
+
+
+class Restored(NamedTuple):
+    """What a checkpoint held."""
+
+    iteration: int
+    state: TrainState
+    extra: dict
+    host_arrays: dict[str, np.ndarray]
 
 
 class Checkpoints:
@@ -61,13 +72,16 @@ class Checkpoints:
     def __exit__(self, *exception):
         self.close()
 
-    def save(self, iteration: int, state: TrainState, extra: dict) -> None:
+    def save(
+        self, iteration: int, state: TrainState, extra: dict, host_arrays: Mapping[str, np.ndarray] | None = None
+    ) -> None:
         """Copies `state` off the devices and returns; files are written, checked and made durable in the background.
 
         Waits for the save before it, so at most one is in flight. `state` may be donated as soon as this returns.
 
         Args:
             extra: anything JSON can hold; tuples come back as lists and keys as strings.
+            host_arrays: numpy arrays that every process holds whole; written before this returns.
         Raises:
             TypeError: `extra` is not JSON.
             ValueError: a finished checkpoint of a later iteration is there.
@@ -84,7 +98,7 @@ class Checkpoints:
                 f"{self.directory} already holds iteration {finished[0].iteration}, so iteration {iteration} would be"
                 " ignored on resume; call restore() first or use another directory."
             )
-        entry = self._claim(iteration, details)
+        entry = self._claim(iteration, details, host_arrays or {})
         with jax.transfer_guard("allow"):  # Orbax copies with np.asarray, which the guard takes for an accident
             self._checkpointer.save(entry.path / ARRAYS, arrays)
         self._thread = threading.Thread(target=self._finish, args=(entry,), name=f"finish {entry.path.name}")
@@ -106,13 +120,13 @@ class Checkpoints:
         finally:
             self._checkpointer.close()
 
-    def restore(self, abstract_state: TrainState) -> tuple[int, TrainState, dict] | None:
+    def restore(self, abstract_state: TrainState) -> Restored | None:
         """Reads the newest sound checkpoint; sets aside those that are not, as NAME.bad.
 
         Args:
             abstract_state: a `jax.ShapeDtypeStruct` with a sharding for every array; any mesh will do.
         Returns:
-            (iteration, state, extra), or None where there is none.
+            None where there is none.
         Raises:
             ValueError: the newest sound checkpoint has other arrays, shapes or dtypes than `abstract_state`.
         """
@@ -128,15 +142,17 @@ class Checkpoints:
         _require_same_arrays(entry.path, details["arrays"], target)
         arrays = self._checkpointer.restore(entry.path / ARRAYS, target)
         state = jax.tree.unflatten(jax.tree.structure(abstract_state), [arrays[name] for name in target])
-        return entry.iteration, state, details["extra"]
+        return Restored(entry.iteration, state, details["extra"], _read_arrays(entry.path / HOST_ARRAYS))
 
-    def _claim(self, iteration: int, details: str) -> "Entry":
+    def _claim(self, iteration: int, details: str, host_arrays: Mapping[str, np.ndarray]) -> "Entry":
         """Makes the folder that this save alone will write to."""
         taken = [entry.attempt for entry in _entries(self.directory) if entry.iteration == iteration]
         entry = Entry.of(self.directory, iteration, int(_from_process_0(max(taken, default=0) + 1)))
         if jax.process_index() == 0:
             entry.path.mkdir()
             (entry.path / DETAILS).write_text(details)
+            if host_arrays:
+                np.savez(entry.path / HOST_ARRAYS, **host_arrays)
         return entry  # the others meet process 0 at the barrier with which Orbax's save begins
 
     def _finish(self, entry: "Entry") -> None:
@@ -227,6 +243,13 @@ def _require_same_arrays(path: Path, saved: dict[str, str], target: dict[str, An
 
 def _read(path: Path) -> dict:
     return json.loads(path.read_text())
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    if not path.exists():
+        return {}
+    with np.load(path, allow_pickle=False) as arrays:
+        return dict(arrays)
 
 
 def _delete_superseded(directory: Path, keep: int) -> None:

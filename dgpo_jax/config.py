@@ -110,9 +110,12 @@ class RolloutConfig:
     temperature: float = 1.0  # logits are divided by it, in sampler and trainer alike
     top_p: float = 1.0  # sample from the smallest set of tokens with this much probability; 1 = off
     top_k: int = 0  # sample from the k likeliest tokens; 0 = off
+    dynamic_sampling: bool | None = None  # draw prompts until Q groups have right and wrong answers (DAPO); None = as the method was published
+    max_draws: int = 10  # of Q prompts each, in one iteration of dynamic sampling; then groups without an advantage fill up
+    staleness: int = 0  # iterations between sampling and learning; 0 = learn at once
 
     def __post_init__(self):
-        for name in ("prompts", "max_prompt", "max_response"):
+        for name in ("prompts", "max_prompt", "max_response", "max_draws"):
             require(getattr(self, name) > 0, f"rollout.{name}", getattr(self, name), "it counts something", "give at least 1")
         require(
             self.group_size >= 2, "rollout.group_size", self.group_size,
@@ -121,21 +124,32 @@ class RolloutConfig:
         require(self.temperature > 0, "rollout.temperature", self.temperature, "training samples at random", "give more than 0")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "it is a share of probability", "give more than 0, at most 1")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "it counts tokens", "give 0 for off")
+        require(self.staleness >= 0, "rollout.staleness", self.staleness, "it counts iterations", "give 0 to learn at once")
 
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """How answers are checked."""
+    """How answers are checked, and what they are worth."""
 
     extract: Literal["boxed", "marked", "last"] = "boxed"  # boxed = last \\boxed{}; marked = also '#### ' and 'answer is'; last = else the last number
     correct: float = 1.0  # reward of a right answer
     incorrect: float = 0.0  # reward of anything else
+    no_think_end: float | None = None  # reward of a response without </think>, whatever its answer (Klear: -0.5); None = not looked at
+    no_think_start: float | None = None  # reward of one without <think>, which the prompt may have opened (Klear: -2); None = not looked at
+    overlong_buffer: int | None = None  # tokens before max_response over which the penalty grows; 0 = no penalty; None = as the method was published
+    overlong_penalty: float = 1.0  # taken off the reward of a response of max_response tokens (DAPO)
+    truncated: Literal["keep", "mask", "drop"] = "keep"  # responses cut off: keep = as any other; mask = out of the loss; drop = out of the group's baseline too (Klear)
     workers: int = 2  # processes that check answers
     deadline_s: float = 5.0  # seconds for one answer, after which its worker is killed
     memory_mb: int = 2048  # memory of one worker
 
     def __post_init__(self):
         require(self.correct > self.incorrect, "reward.correct", self.correct, f"it must beat reward.incorrect = {self.incorrect}", "raise it")
+        require(
+            self.overlong_buffer is None or self.overlong_buffer >= 0, "reward.overlong_buffer", self.overlong_buffer,
+            "it counts tokens", "give 0 for no penalty",
+        )  # fmt: skip
+        require(self.overlong_penalty >= 0, "reward.overlong_penalty", self.overlong_penalty, "it is taken off", "give 0 or more")
         require(self.workers > 0, "reward.workers", self.workers, "somebody must check answers", "give at least 1")
         require(self.deadline_s > 0, "reward.deadline_s", self.deadline_s, "it is a time in seconds", "give more than 0")
         require(self.memory_mb >= 256, "reward.memory_mb", self.memory_mb, "SymPy alone needs about 100", "give at least 256")
@@ -143,25 +157,77 @@ class RewardConfig:
 
 @dataclass(frozen=True)
 class LossConfig:
-    """The policy loss; a setting left at None takes the method's published value."""
+    """The policy loss. A setting left at None takes the method's published value, printed at the start."""
 
-    method: Literal["dgpo", "grpo", "reinforce"] = "dgpo"  # dgpo = soft clipping of the probability gradient (arXiv 2603.14389); grpo = hard clipping; reinforce = none
-    clip_low: float = 0.2  # the ratio's trust region starts at 1 - clip_low
-    clip_high: float = 0.28  # and ends at 1 + clip_high
-    n: float | None = None  # dgpo: how fast weights decay below the region; None = 1
-    m: float | None = None  # dgpo: how slowly weights decay above it; None = 2
-    dual_clip: float | None = None  # with a negative advantage, ratios above this get no gradient; None = off, as in the DGPO code
-    std_floor: float = 1e-6  # added to a group's standard deviation of rewards
+    method: Literal[
+        "dgpo", "gppo", "ce_gppo", "cispo", "cispo_one_sided", "aspo", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "gmpo", "reinforce"
+    ] = "dgpo"  # see docs/methods.md; dapo and dr_grpo also set sampling, advantage and aggregation
+    clip_low: float | None = None  # the ratio's trust region starts at 1 - clip_low; 1 = no lower bound; gmpo: of the log-ratio
+    clip_high: float | None = None  # and ends at 1 + clip_high
+    n: float | None = None  # dgpo: how fast weights decay below the region
+    m: float | None = None  # dgpo: how slowly weights decay above it
+    beta1: float | None = None  # ce_gppo: share of the gradient kept below the region
+    beta2: float | None = None  # ce_gppo: share of the gradient kept above it
+    tau_pos: float | None = None  # sapo: how narrow the gate is for positive advantages
+    tau_neg: float | None = None  # sapo: the same for negative ones
+    soft_clip: float | None = None  # aspo: the gradient weight never exceeds this
+    dual_clip: float | None = None  # with a negative advantage, ratios above this get no gradient; None = off, as in all the papers (the codes of GPPO and DAPO: 10)
+    aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None = None  # what tokens weigh
+    aggregation_scale: int | None = None  # tokens that seq-mean-token-sum-norm divides by; None = rollout.max_response
+    advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] | None = None  # dr_grpo = not divided by the group's spread
+    std_floor: float = 1e-6  # added to a standard deviation of rewards
+    supervised: float = 0.0  # alpha: weight of -log p averaged over the tokens of right responses (Klear: 0.1); 0 = off
+    entropy: float = 0.0  # weight of the entropy bonus; 0 = off
 
     def __post_init__(self):
-        require(0 <= self.clip_low < 1, "loss.clip_low", self.clip_low, "the region starts at 1 - clip_low > 0", "give 0 to 1")
-        require(self.clip_high >= 0, "loss.clip_high", self.clip_high, "the region ends at or above 1", "give 0 or more")
-        require(self.m is None or self.m >= 1, "loss.m", self.m, "the exponent 1 / m is at most 1", "give 1 or more")
-        require(self.n is None or self.n >= -1, "loss.n", self.n, "below -1 the weight grows as the ratio vanishes", "give -1 or more")
+        def check(name, fits, rule, fix):
+            value = getattr(self, name)
+            require(value is None or fits(value), f"loss.{name}", value, rule, fix)
+
+        check("clip_low", lambda x: 0 <= x <= 1, "the region starts at 1 - clip_low", "give 0 to 1")
+        check("clip_high", lambda x: x >= 0, "the region ends at or above 1", "give 0 or more")
+        check("m", lambda x: x >= 1, "the exponent 1 / m is at most 1", "give 1 or more")
+        check("n", lambda x: x >= -1, "below -1 the weight grows as the ratio vanishes", "give -1 or more")
+        for name in ("beta1", "beta2"):
+            check(name, lambda x: x >= 0, "it scales a gradient", "give 0 or more")
+        for name in ("tau_pos", "tau_neg"):
+            check(name, lambda x: x > 0, "it is an inverse width", "give more than 0")
+        check("soft_clip", lambda x: x >= 1, "a weight is 1 at ratio 1", "give 1 or more")
+        check("dual_clip", lambda x: x > 1 + (self.clip_high or 0), "it lies above the region", "raise it above 1 + clip_high, or None")
+        check("aggregation_scale", lambda x: x > 0, "the loss is divided by it", "give at least 1")
+        for name in ("std_floor", "supervised", "entropy"):
+            check(name, lambda x: x >= 0, "it is a weight or a floor", "give 0 or more")
+
+
+@dataclass(frozen=True)
+class KlConfig:
+    """Distance to the weights that the run started from."""
+
+    coefficient: float = 0.0  # weight of the distance, in nats per token; 0 = off, and no reference weights are held
+    estimator: Literal["k1", "k2", "k3"] = "k3"  # with d = log(reference / policy): -d, d^2 / 2, exp(d) - d - 1
+    place: Literal["loss", "reward"] = "loss"  # loss = a term per token; reward = a response's sum is taken off its reward
+
+    def __post_init__(self):
+        require(self.coefficient >= 0, "kl.coefficient", self.coefficient, "it keeps the policy near", "give 0 for off")
         require(
-            self.dual_clip is None or self.dual_clip > 1 + self.clip_high, "loss.dual_clip", self.dual_clip,
-            "it lies above the region", "raise it above 1 + clip_high, or None",
+            (self.estimator, self.place) != ("k1", "loss"), "kl.estimator", self.estimator,
+            "in the loss its gradient is zero on average", "use k2 or k3, or kl.place=reward",
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CorrectionConfig:
+    """What is done about the sampler's probabilities not being the trainer's (verl: rollout correction)."""
+
+    weights: Literal["none", "token", "sequence"] = "none"  # importance weights trainer / sampler: of each token, or of the whole response
+    cap: float = 2.0  # largest importance weight
+    reject: Literal["none", "token", "sequence", "geometric"] = "none"  # leave out tokens, or responses by their product or geometric mean, whose ratio trainer / sampler is outside of
+    low: float = 0.5  # this
+    high: float = 2.0  # and this
+
+    def __post_init__(self):
+        require(self.cap > 0, "correction.cap", self.cap, "it bounds a ratio", "give more than 0")
+        require(0 <= self.low < 1 < self.high, "correction.low, correction.high", (self.low, self.high), "the interval is around 1", "change them")
 
 
 @dataclass(frozen=True)
@@ -270,6 +336,8 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
     loss: LossConfig = field(default_factory=LossConfig)
+    kl: KlConfig = field(default_factory=KlConfig)
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     update: UpdateConfig = field(default_factory=UpdateConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sft: SftConfig = field(default_factory=SftConfig)
@@ -287,6 +355,15 @@ class Config:
         require(
             self.rollout.prompts % self.update.updates == 0, "update.updates", self.update.updates,
             f"each update takes an equal share of the {self.rollout.prompts} groups", "make it a divisor of rollout.prompts",
+        )  # fmt: skip
+        require(
+            (self.reward.overlong_buffer or 0) <= self.rollout.max_response, "reward.overlong_buffer", self.reward.overlong_buffer,
+            f"a response has at most {self.rollout.max_response} tokens", "give at most rollout.max_response",
+        )  # fmt: skip
+        correcting = (self.correction.weights, self.correction.reject) != ("none", "none")
+        require(
+            not correcting or self.update.old_logprobs == "trainer", "update.old_logprobs", self.update.old_logprobs,
+            "a correction compares the trainer's log-probabilities with the sampler's", "use trainer, or no correction",
         )  # fmt: skip
 
 
@@ -405,7 +482,7 @@ def to_json(config: Config) -> str:
 
 
 __all__ = [
-    "CheckpointConfig", "Config", "DataConfig", "EvalConfig", "LossConfig", "MeshConfig", "ModelConfig",
+    "CheckpointConfig", "Config", "CorrectionConfig", "DataConfig", "EvalConfig", "KlConfig", "LossConfig", "MeshConfig", "ModelConfig",
     "OptimizerConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "default_workdir",
     "fixed_settings", "flatten", "load", "parse_command", "to_json",
 ]  # fmt: skip

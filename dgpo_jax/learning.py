@@ -1,4 +1,4 @@
-"""What an iteration learns from its rollout: advantages to packed rows to optimizer steps to figures."""
+"""What an iteration learns from its experience: advantages to packed rows to optimizer steps to figures."""
 
 import time
 from collections.abc import Sequence
@@ -7,126 +7,229 @@ import numpy as np
 
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
+from dgpo_jax.rl.advantages import group_advantages
+from dgpo_jax.rl.aggregation import token_weights
+from dgpo_jax.rl.experience import by_group, group_count, group_size, lengths
+from dgpo_jax.rl.losses import Regions
 from dgpo_jax.rl.optimizer import learning_rate
-from dgpo_jax.rl.packing import pack, split_groups, to_examples
+from dgpo_jax.rl.packing import pack, split_groups, to_examples, unpack
 from dgpo_jax.rl.update import LOSS_MAXIMA, LOSS_SUMS, Programs, StepFigures, Totals, take_update
-from dgpo_jax.rollout import Responses
 from dgpo_jax.sharding import to_device, to_host
-from dgpo_jax.types import TrainBatch, TrainState
+from dgpo_jax.types import Experience, TrainBatch, TrainState
 
 
 def learn(
-    config: Config, parts: Parts, programs: Programs, state: TrainState, responses: Responses, advantages, iteration,
-    skipped: int = 0,
+    config: Config, parts: Parts, programs: Programs, state: TrainState, experience: Experience, advantages, iteration,
+    *, reference=None, skipped: int = 0,
 ):  # fmt: skip
     """All updates of one iteration.
 
     Args:
+        experience: of rollout.prompts groups.
         advantages: f32[Q, G].
         iteration: counts from 1.
+        reference: params of the weights that the run started from; only for a KL in the loss.
         skipped: updates skipped in a row just before.
     Returns:
         (TrainState, metrics).
     """
     began = time.perf_counter()
-    minibatches = make_minibatches(config, parts, responses, advantages, iteration)
-    minibatches, gap = set_old_logprobs(config, programs, state.params, minibatches)
+    minibatches = make_minibatches(config, parts, experience, advantages, iteration)
+    packed = sum(batch.tokens.size for batches in minibatches for batch in batches)
+    minibatches, gaps = complete_minibatches(config, parts, programs, state.params, reference, minibatches)
     rate = to_device(np.float32(learning_rate(config.optimizer, iteration - 1)), parts.shardings.scalar)
     results = []
-    for normaliser, batches in minibatches:
-        state, totals, figures = take_update(programs, state, batches, normaliser, rate)
+    for batches in minibatches:
+        state, totals, figures = take_update(programs, state, batches, rate)
         results.append((totals, figures))
-    results, gap, rate = to_host((results, gap, rate))
+    results, gaps, rate = to_host((results, gaps, rate))
     seconds = time.perf_counter() - began
-    packed = sum(batch.tokens.size for _, batches in minibatches for batch in batches)
     for _, figures in results:
         skipped = skipped + 1 if figures.skipped else 0
-    metrics = policy_metrics(results) | gap_metrics(gap) | {
+    fresh = bool((experience.iteration == iteration).all())
+    metrics = policy_metrics(results, fresh)
+    for name, used in (("policy/kl_ref", reference is not None), ("policy/supervised", config.loss.supervised)):
+        if not used:
+            metrics.pop(name, None)
+    metrics |= gap_metrics(gaps or first_gap(results, fresh)) | {
         "optim/skipped_in_a_row": skipped,
         "optim/learning_rate": float(rate),
-        "update/microbatches": sum(len(batches) for _, batches in minibatches),
+        "update/microbatches": sum(len(batches) for batches in minibatches),
         "speed/update_tokens_per_second_per_device": packed / seconds / parts.mesh.size,
     }
     return state, metrics
 
 
-def make_minibatches(config: Config, parts: Parts, responses: Responses, advantages, iteration):
-    """One (response tokens f32[], packed microbatches) per update, on the device.
+def compute_advantages(config: Config, experience: Experience) -> np.ndarray:
+    """f32[Q, G], by loss.advantage."""
+    rewards, mask = by_group(experience, experience.rewards), in_baseline(config, experience)
+    return group_advantages(rewards, mask, estimator=config.loss.advantage, std_floor=config.loss.std_floor)
 
-    A group that scored alike has no advantage and is not computed, but its tokens count in the normaliser: leaving
-    them out would make an update the larger the fewer groups it learns from.
+
+def in_baseline(config: Config, experience: Experience) -> np.ndarray:
+    """bool[Q, G]: responses that others are compared with; not those cut off, under reward.truncated='drop'."""
+    dropped = experience.rollout.truncated & (config.reward.truncated == "drop")
+    return by_group(experience, ~dropped)
+
+
+def in_loss(config: Config, experience: Experience) -> np.ndarray:
+    """bool[B]: responses whose tokens count; not those cut off, if so set."""
+    return ~(experience.rollout.truncated & (config.reward.truncated != "keep"))
+
+
+def to_compute(config: Config, experience: Experience, advantages: np.ndarray) -> np.ndarray:
+    """bool[B]: responses that change the gradient.
+
+    A response without advantage does so only through a term that does not ask for one.
     """
-    group_size, lengths = responses.group_size, responses.lengths
-    flat = advantages.reshape(-1)
-    rows = config.update.tokens_per_device // config.update.tokens_per_row * parts.replicas
+    wanted = advantages.reshape(-1) != 0
+    if config.loss.entropy or (config.kl.coefficient and config.kl.place == "loss"):
+        wanted = np.ones_like(wanted)
+    if config.loss.supervised:
+        wanted = wanted | experience.correct
+    return wanted & in_loss(config, experience)
+
+
+def make_minibatches(config: Config, parts: Parts, experience: Experience, advantages, iteration) -> list[list[TrainBatch]]:
+    """The packed microbatches of each update, on the host.
+
+    A response that is not computed for want of an advantage still counts in what the loss is divided by: leaving it
+    out would make an update the larger the fewer groups it learns from.
+    """
+    length, counted = lengths(experience), in_loss(config, experience)
+    right, computed = counted & experience.correct, to_compute(config, experience, advantages)
     minibatches = []
-    for groups in split_groups(len(advantages), config.update.updates, config.seed, iteration):
-        members = (groups[:, None] * group_size + np.arange(group_size)[None, :]).reshape(-1)
-        examples = to_examples(responses.prompts, responses.rollout, flat, members[flat[members] != 0])
-        batches = pack(examples, rows=rows, tokens_per_row=config.update.tokens_per_row, pad_id=parts.tokenizer.pad_id)
-        normaliser = to_device(np.float32(lengths[members].sum()), parts.shardings.scalar)
-        minibatches.append((normaliser, [to_device(batch, parts.shardings.batch) for batch in batches]))
+    for groups in split_groups(group_count(experience), config.update.updates, config.seed, iteration):
+        members = np.isin(np.arange(len(counted)) // group_size(experience), groups)
+        weights = token_weights(length, counted & members, config.loss.aggregation, config.loss.aggregation_scale)
+        supervised = config.loss.supervised * token_weights(length, right & members, "token-mean", 1)
+        rows = np.flatnonzero(computed & members)
+        examples = to_examples(experience, rows, advantages.reshape(-1), weights, supervised)
+        minibatches.append(pack(examples, **row_shape(config, parts), pad_id=parts.tokenizer.pad_id))
     return minibatches
 
 
-def set_old_logprobs(config: Config, programs: Programs, params, minibatches):
-    """Puts the trainer's log-probabilities of the sampling weights into the batches, if so set.
+def row_shape(config: Config, parts: Parts) -> dict[str, int]:
+    """Rows of a microbatch over all devices, and tokens of a row, as `pack` takes them."""
+    rows = config.update.tokens_per_device // config.update.tokens_per_row * parts.replicas
+    return {"rows": rows, "tokens_per_row": config.update.tokens_per_row}
 
+
+def complete_minibatches(config: Config, parts: Parts, programs: Programs, params, reference, minibatches):
+    """Brings the batches to the device, with all log-probabilities that the loss needs.
+
+    Args:
+        params: that sampled those responses whose old_logprobs are missing.
+        reference: as in `learn`.
     Returns:
         (minibatches, list of Totals of the gap to the sampler's; empty under update.old_logprobs='sampler').
     """
-    if config.update.old_logprobs == "sampler":
-        return minibatches, []
     gaps = []
 
-    def scored(batch: TrainBatch) -> TrainBatch:
-        logprobs, gap = programs.score(params, batch)
+    def complete(batch: TrainBatch) -> TrainBatch:
+        unscored = np.isnan(batch.old_logprobs).any()
+        batch = to_device(batch, parts.shardings.batch)
+        if reference is not None:
+            batch = batch._replace(ref_logprobs=programs.score(reference, batch))
+        if config.update.old_logprobs == "sampler":
+            return batch
+        # In the very batch that the update will see: its first ratio is then exactly 1.
+        logprobs = programs.score(params, batch) if unscored else batch.old_logprobs
+        batch, gap = programs.complete(batch, logprobs)
         gaps.append(gap)
-        return batch._replace(old_logprobs=logprobs)
+        return batch
 
-    return [(normaliser, [scored(batch) for batch in batches]) for normaliser, batches in minibatches], gaps
+    return [[complete(batch) for batch in batches] for batches in minibatches], gaps
 
 
-def policy_metrics(results: Sequence[tuple[Totals, StepFigures]]) -> dict[str, float]:
-    """Figures over all updates of an iteration; those per token are missing if no group had an advantage.
+def score_waiting(config: Config, parts: Parts, programs: Programs, params, waiting: Experience) -> Experience:
+    """Gives groups that will be learned from later the log-probabilities of the weights that sampled them.
+
+    Args:
+        params: those weights, of the groups that have none yet.
+    """
+    if config.update.old_logprobs == "sampler" or not group_count(waiting):
+        return waiting
+    needed = to_compute(config, waiting, compute_advantages(config, waiting))
+    rows = np.flatnonzero(needed & np.isnan(waiting.old_logprobs[:, 0]))
+    logprobs = score_responses(config, parts, programs, params, waiting, rows)
+    return waiting._replace(old_logprobs=np.where(np.isnan(logprobs), waiting.old_logprobs, logprobs))
+
+
+def score_responses(config: Config, parts: Parts, programs: Programs, params, experience: Experience, rows) -> np.ndarray:
+    """f32[B, R]: log-probabilities of the responses `rows`, to the host; NaN elsewhere."""
+    nothing = np.zeros(len(experience.rewards))
+    examples = to_examples(experience, rows, nothing, nothing, nothing)
+    batches = pack(examples, **row_shape(config, parts), pad_id=parts.tokenizer.pad_id)
+    on_device = [programs.score(params, to_device(batch, parts.shardings.batch)) for batch in batches]
+    logprobs = np.full_like(experience.old_logprobs, np.nan)
+    for row, values in zip(rows, unpack(to_host(on_device), examples, **row_shape(config, parts)), strict=True):
+        logprobs[row, : len(values)] = values
+    return logprobs
+
+
+def policy_metrics(results: Sequence[tuple[Totals, StepFigures]], fresh: bool = True) -> dict[str, float]:
+    """Figures over all updates of an iteration; those per token are missing if there was no token to learn from.
 
     Args:
         results: per update, on the host.
+        fresh: the weights before the first update are those that sampled.
     """
-    sums = {name: float(sum(totals.sums[name] for totals, _ in results)) for name in LOSS_SUMS}
+    sums = {name: sum(totals.sums[name] for totals, _ in results) for name in LOSS_SUMS}
     maxima = {name: float(max(totals.maxima[name] for totals, _ in results)) for name in LOSS_MAXIMA}
     norms = [float(figures.grad_norm) for _, figures in results]
+    tokens = float(sums["tokens"])
     metrics = {
         "optim/grad_norm": float(np.mean(norms)),
         "optim/grad_norm_max": max(norms),
         "optim/skipped": float(sum(figures.skipped for _, figures in results)),
-        "policy/tokens": sums["tokens"],
+        "policy/tokens": tokens,
     }
-    if not sums["tokens"]:
+    if not tokens:
         return metrics
-    shares = {name: sums[name] / sums["tokens"] for name in ("entropy", "ratio", "kl_old", "too_low", "too_high")}
-    first = results[0][0]
-    return metrics | {
-        "policy/loss": sums["loss"] / len(results),
-        "policy/entropy": shares["entropy"],
-        "policy/ratio_mean": shares["ratio"],
+    names = ("entropy", "kl_old", "kl_ref", "clipped", "dual_clipped", *Regions._fields)
+    metrics |= {f"policy/{name}": float(sums[name]) / tokens for name in names}
+    metrics |= {
+        "policy/loss": float(sums["loss"]) / len(results),
+        "policy/supervised": float(sums["supervised"]) / len(results),
+        "policy/ratio_mean": float(sums["ratio"]) / tokens,
         "policy/ratio_max": maxima["ratio"],
         "policy/ratio_min": -maxima["minus_ratio"],
-        "policy/kl_old": shares["kl_old"],
-        "policy/too_low": shares["too_low"],
-        "policy/too_high": shares["too_high"],
-        "policy/clipped": shares["too_low"] + shares["too_high"],
-        # The first update's ratio is 1: anything but rounding here is a fault of the trainer.
-        "policy/first_ratio_error": float(first.maxima["ratio_error"]) if first.sums["tokens"] else None,
+        "policy/ratio_histogram": (sums["histogram"] / tokens).tolist(),
     }
+    for name in Regions._fields:
+        if sums[name]:
+            metrics[f"policy/{name}_weight_mean"] = float(sums[f"{name}_weight"] / sums[name])
+            metrics[f"policy/{name}_weight_max"] = maxima[f"{name}_weight"]
+    first = results[0][0]
+    if fresh and first.sums["tokens"]:
+        # The first update's ratio is 1: anything but rounding here is a fault of the trainer.
+        metrics["policy/first_ratio_error"] = float(first.maxima["ratio_error"])
+    return metrics
+
+
+def first_gap(results: Sequence[tuple[Totals, StepFigures]], fresh: bool) -> list[Totals]:
+    """The gap where the trainer scored nothing: the ratios of the first update are then trainer to sampler."""
+    first = results[0][0]
+    if not fresh or not first.sums["tokens"]:
+        return []
+    tokens = first.sums["tokens"]
+    sums = {"tokens": tokens, "gap": first.sums["log_ratio_size"], "weight": tokens, "rejected": 0.0}
+    return [Totals(sums, {"gap": first.maxima["log_ratio_size"], "weight": 1.0})]
 
 
 def gap_metrics(gaps: Sequence[Totals]) -> dict[str, float]:
-    """Mean and largest |sampler's - trainer's| log-probability, in nats; nothing where none was measured."""
-    tokens = float(sum(gap.sums["tokens"] for gap in gaps))
-    if not tokens:
+    """Mean and largest |sampler's - trainer's| log-probability, in nats, and the correction made for it.
+
+    Empty where none was measured.
+    """
+    sums = {name: float(sum(gap.sums[name] for gap in gaps)) for name in ("tokens", "gap", "weight", "rejected")}
+    if not sums["tokens"]:
         return {}
     return {
-        "gap/mean": float(sum(gap.sums["gap"] for gap in gaps)) / tokens,
+        "gap/mean": sums["gap"] / sums["tokens"],
         "gap/max": float(max(gap.maxima["gap"] for gap in gaps)),
+        "gap/weight_mean": sums["weight"] / sums["tokens"],
+        "gap/weight_max": float(max(gap.maxima["weight"] for gap in gaps)),
+        "gap/rejected": sums["rejected"] / sums["tokens"],
     }

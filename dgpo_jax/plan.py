@@ -2,19 +2,26 @@
 
 from pathlib import Path
 
-from dgpo_jax.build import Parts, loss_settings
+from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
 from dgpo_jax.models.parameters import parameter_count
+from dgpo_jax.recipe import method_settings
 from dgpo_jax.session import say
 
 
-def print_plan(config: Config, parts: Parts, workdir: Path) -> None:
-    """Prints the table and the first prompt as the model sees it."""
+def print_plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, object]) -> None:
+    """Prints the table and the first prompt as the model sees it.
+
+    Args:
+        chosen: settings left open in the config, with the values that the method was published with.
+    """
     say(f"dgpo_jax: {config.name} in {workdir}")
     rows = plan(config, parts)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         say(f"  {name:<{width}}  {value}")
+    if chosen:
+        say(f"as {config.loss.method} was published: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
     problem = parts.stream.take(0, 1)[0]
     say(f"first prompt, answer {problem.answer!r}:")
     say("  | " + parts.template.render(problem.problem, parts.tokenizer).rstrip("\n").replace("\n", "\n  | "))
@@ -26,7 +33,7 @@ def plan(config: Config, parts: Parts) -> list[tuple[str, str]]:
     responses = rollout.prompts * rollout.group_size
     rows = update.tokens_per_device // update.tokens_per_row
     weights = parameter_count(model)
-    settings = ", ".join(f"{name} {value}" for name, value in loss_settings(config).items())
+    settings = ", ".join(f"{name} {value}" for name, value in method_settings(config).items())
     mesh = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     dropped = f", {parts.dropped} dropped as longer than {rollout.max_prompt} tokens" if parts.dropped else ""
     device = parts.mesh.devices.flat[0]

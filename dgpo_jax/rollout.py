@@ -19,6 +19,7 @@ class Responses(NamedTuple):
     prompts: Prompts
     rollout: Rollout
     texts: list[str]  # B, special tokens left out
+    openings: list[str]  # Q, what the prompt began of the response: "<think>" or nothing
 
     @property
     def group_size(self) -> int:
@@ -35,11 +36,18 @@ class Responses(NamedTuple):
         prompts = Prompts(*(array[:problems] for array in self.prompts))
         rows = problems * self.group_size
         rollout = Rollout(*(array[:rows] for array in self.rollout))
-        return Responses(self.problems[:problems], prompts, rollout, self.texts[:rows])
+        return Responses(self.problems[:problems], prompts, rollout, self.texts[:rows], self.openings[:problems])
+
+    def prompt_ends(self) -> list[str]:
+        """B texts: "<think>" where the prompt opened it for the model, as R1-Distill's template does, else ""."""
+        return [self.openings[row // self.group_size] for row in range(len(self.texts))]
 
     def answers(self) -> list[tuple[str, str]]:
-        """(reference answer, response) for every row, as the verifier takes them."""
-        return [(self.problems[row // self.group_size].answer, text) for row, text in enumerate(self.texts)]
+        """(reference answer, response) for every row, as the verifier takes them; the opening is the response's."""
+        return [
+            (self.problems[row // self.group_size].answer, opening + text)
+            for row, (opening, text) in enumerate(zip(self.prompt_ends(), self.texts, strict=True))
+        ]
 
 
 def make_rollout(parts: Parts, sampling: Sampling, max_prompt: int) -> Callable[..., Responses]:
@@ -58,7 +66,8 @@ def make_rollout(parts: Parts, sampling: Sampling, max_prompt: int) -> Callable[
             parts.tokenizer.decode(tokens[mask], skip_special=True)
             for tokens, mask in zip(result.response, result.response_mask, strict=True)
         ]
-        return Responses(problems, prompts, result, texts)
+        openings = [parts.template.opening(problem.problem, parts.tokenizer) for problem in problems]
+        return Responses(problems, prompts, result, texts, openings)
 
     rollout.sample = sample  # so that a test can count its compilations
     return rollout

@@ -13,6 +13,7 @@ from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation import make_evaluation
 from dgpo_jax.plan import print_plan
+from dgpo_jax.recipe import published, resolve
 from dgpo_jax.session import claim_workdir, run_command, say
 from dgpo_jax.supervised import warm_start
 
@@ -25,7 +26,8 @@ def sft(config: Config, workdir: str | Path) -> dict[str, float]:
     Raises:
         ValueError: sft.updates is 0, or settings, data or weights do not fit.
     """
-    workdir = Path(workdir)
+    workdir, chosen_for_you = Path(workdir), published(config)
+    config = resolve(config)
     if not config.sft.updates:
         raise ValueError("sft.updates is 0, so there is nothing to do; give the number of supervised updates.")
     claim_workdir(config, workdir)
@@ -34,13 +36,13 @@ def sft(config: Config, workdir: str | Path) -> dict[str, float]:
         say(f"nothing to do: {workdir}/checkpoints has iteration {found[0]}, which came after the warm start")
         return {}
     parts = build_parts(config)
-    print_plan(config, parts, workdir)
+    print_plan(config, parts, workdir, chosen_for_you)
     with (
         build_pool(config.reward) as pool,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         state = fresh_state(parts, warm_start(config, parts, workdir).params)
-        checkpoints.save(0, state, {"skipped_in_a_row": 0})
+        checkpoints.save(0, state, {"skipped_in_a_row": 0, "position": 0})
         scores, _ = make_evaluation(config, parts, pool)(make_decode_params(parts)(state.params))
     for name, value in scores.items():
         say(f"{name:<24} {value:.3f}")

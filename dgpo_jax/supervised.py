@@ -15,6 +15,7 @@ from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.config import Config, SftConfig
 from dgpo_jax.data.problems import ProblemStream
 from dgpo_jax.data.prompts import encode_examples, fit_prompts
+from dgpo_jax.learning import row_shape
 from dgpo_jax.metrics import WARM_START_COLUMNS, MetricsWriter, progress
 from dgpo_jax.rl.packing import Example, pack
 from dgpo_jax.rl.update import LossSettings, Programs, make_programs, take_update
@@ -58,7 +59,7 @@ def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
                     speed = metrics["sft/tokens"] / seconds / parts.mesh.size
                     metrics |= {"time/update": seconds, "speed/tokens_per_second_per_device": speed}
                     writer.write(update, metrics)
-                if not last and update % config.sft.checkpoint_every == 0:
+                if last or update % config.sft.checkpoint_every == 0:
                     checkpoints.save(update, state, {})
                 advance()
     return state
@@ -88,17 +89,15 @@ def supervised_update(config: Config, parts: Parts, programs: Programs, stream: 
     pairs = encode_examples(
         problems, parts.tokenizer, parts.template, config.rollout.max_prompt, config.rollout.max_response
     )
+    tokens = sum(len(response) for _, response in pairs)
     examples = [
-        Example(np.array(prompt, np.int32), np.array(response, np.int32), np.zeros(len(response), np.float32), 1.0)
+        Example(np.array(prompt, np.int32), np.array(response, np.int32), 0.0, 0.0, advantage=1.0, weight=1 / tokens)
         for prompt, response in pairs
     ]
-    rows = config.update.tokens_per_device // config.update.tokens_per_row * parts.replicas
-    batches = pack(examples, rows=rows, tokens_per_row=config.update.tokens_per_row, pad_id=parts.tokenizer.pad_id)
-    tokens = np.float32(sum(len(example.response) for example in examples))
+    batches = pack(examples, **row_shape(config, parts), pad_id=parts.tokenizer.pad_id)
     rate = np.float32(learning_rate(config.sft, update))
-    normaliser, rate_on_device = to_device((tokens, rate), parts.shardings.scalar)
     on_device = (to_device(batch, parts.shardings.batch) for batch in batches)
-    state, totals, figures = take_update(programs, state, on_device, normaliser, rate_on_device)
+    state, totals, figures = take_update(programs, state, on_device, to_device(rate, parts.shardings.scalar))
     return state, (totals, figures, float(rate))
 
 

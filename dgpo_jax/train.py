@@ -2,7 +2,7 @@
 
     python -m dgpo_jax.train --config=configs/smoke.py
 
-Read `train` from top to bottom: one iteration is six acts. What an act does is in the module it calls.
+Read `train` from top to bottom: one iteration is five acts. What an act does is in the module it calls.
 
 Where a run goes on, in this order:
     1. the newest sound checkpoint in workdir/checkpoints;
@@ -13,9 +13,9 @@ that was not. A line of metrics is written before the checkpoint of its iteratio
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
-import numpy as np
 
 from dgpo_jax.build import (
     Parts,
@@ -23,21 +23,22 @@ from dgpo_jax.build import (
     build_parts,
     build_pool,
     build_programs,
+    build_reference,
     build_state,
     fresh_state,
     make_decode_params,
 )
 from dgpo_jax.checkpoint import Checkpoints, peek
+from dgpo_jax.collecting import Backlog, make_collect, nothing_drawn
 from dgpo_jax.config import Config
-from dgpo_jax.evaluation import count_statuses, make_evaluation
-from dgpo_jax.learning import learn
+from dgpo_jax.evaluation import make_evaluation
+from dgpo_jax.learning import compute_advantages, learn, score_waiting
 from dgpo_jax.metrics import MetricsWriter, progress, read_metrics
 from dgpo_jax.plan import print_plan
 from dgpo_jax.plots import plot_curves
+from dgpo_jax.recipe import published, resolve
 from dgpo_jax.rewards.pool import VerifierPool
-from dgpo_jax.rl.advantages import group_advantages
-from dgpo_jax.rl.sampler import TRAINING, Draw
-from dgpo_jax.rollout import Responses, build_sampling, make_rollout, to_rows
+from dgpo_jax.rl.experience import from_arrays, group_count, to_arrays
 from dgpo_jax.session import Stopwatch, claim_workdir, memory_metrics, run_command, say
 from dgpo_jax.supervised import warm_start
 from dgpo_jax.types import TrainState
@@ -51,7 +52,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     Raises:
         ValueError: a setting, the data, the weights or the checkpoint does not fit; nothing was computed.
     """
-    workdir = Path(workdir)
+    workdir, chosen_for_you = Path(workdir), published(config)
+    config = resolve(config)
     claim_workdir(config, workdir)
     found = peek(workdir / "checkpoints")
     if found and found[0] >= config.iterations > 0:
@@ -59,12 +61,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
         MetricsWriter(workdir, resume_iteration=found[0] + 1).close()  # lines of a longer run that was killed
         return finish(config, workdir)
     parts = build_parts(config)
-    print_plan(config, parts, workdir)
+    print_plan(config, parts, workdir, chosen_for_you)
     programs, decode_params = build_programs(config, parts), make_decode_params(parts)
-    sampling = build_sampling(
-        parts, config.rollout, group_size=config.rollout.group_size, temperature=config.rollout.temperature
-    )
-    rollout = make_rollout(parts, sampling, config.rollout.max_prompt)
 
     with (
         build_pool(config.reward) as pool,
@@ -72,62 +70,75 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     ):
         check_golds(pool, parts)
         evaluate = make_evaluation(config, parts, pool)
-        done, state, skipped = find_start(config, parts, checkpoints, workdir)
+        done, state, skipped, backlog = find_start(config, parts, checkpoints, workdir)
+        reference = find_reference(config, parts, workdir)
         with (
             MetricsWriter(workdir, resume_iteration=done + 1 if done else 0) as writer,
             progress("iterations", config.iterations) as advance,
             jax.transfer_guard("disallow"),
         ):
+            collect = make_collect(
+                config, parts, programs, decode_params, pool, writer,
+                reference if config.kl.place == "reward" else None,
+            )  # fmt: skip
             advance(done)
             stopwatch = Stopwatch(show=lambda part: advance(0, part))
             if not done:
                 evaluation(evaluate, decode_params(state.params), writer, 0, stopwatch, {})
             for iteration in range(done + 1, config.iterations + 1):
                 with stopwatch("iteration"):
-                    # Act 1, rollout: the weights as they are answer the next prompts of the stream.
-                    with stopwatch("rollout"):
-                        position = (iteration - 1) * config.rollout.prompts
-                        problems = parts.stream.take(position, config.rollout.prompts)
-                        weights = decode_params(state.params)
-                        responses = rollout(weights, problems, Draw(config.seed, TRAINING, iteration, 0))
+                    # Act 1, collect: the weights as they are answer prompts, worker processes check the answers.
+                    experience, backlog, collected = collect(state.params, backlog, iteration, stopwatch)
 
-                    # Act 2, verify: worker processes check the answers.
-                    with stopwatch("verify"):
-                        verdicts = pool.score(responses.answers())
-                        rewards = to_rewards(config, verdicts)
-                        writer.write_rollouts(iteration, to_rows(responses, verdicts, rewards))
+                    # Act 2, advantages: each response against the others of its group.
+                    advantages = compute_advantages(config, experience)
 
-                    # Act 3, advantages: each response against the others of its group.
-                    rewards = rewards.reshape(-1, config.rollout.group_size)
-                    advantages = group_advantages(rewards, std_floor=config.loss.std_floor)
-
-                    # Act 4, updates: several optimizer steps on shares of the groups.
-                    del weights  # the copy for decoding would otherwise live through the updates
+                    # Act 3, updates: several optimizer steps on shares of the groups.
                     with stopwatch("update"):
+                        # What is learned from later needs the weights that sampled it, and these are about to change.
+                        waiting = score_waiting(config, parts, programs, state.params, backlog.waiting)
+                        backlog = backlog._replace(waiting=waiting)
                         state, learned = learn(
-                            config, parts, programs, state, responses, advantages, iteration, skipped
-                        )
+                            config, parts, programs, state, experience, advantages, iteration,
+                            reference=reference if config.kl.place == "loss" else None, skipped=skipped,
+                        )  # fmt: skip
                     skipped = check_skipped(config, learned["optim/skipped_in_a_row"])
 
-                metrics = rollout_metrics(config, responses, rewards) | count_statuses(verdicts) | learned
-                metrics |= stopwatch.take() | memory_metrics() | {"data/position": position + config.rollout.prompts}
-                metrics["speed/tokens_per_second_per_device"] = (
-                    responses.lengths.sum() / metrics["time/rollout"] / parts.mesh.size
-                )
+                metrics = collected | learned | stopwatch.take() | memory_metrics()
+                if "time/rollout" in metrics:
+                    metrics["speed/tokens_per_second_per_device"] = (
+                        metrics["rollout/tokens"] / metrics["time/rollout"] / parts.mesh.size
+                    )
 
-                # Act 5, evaluation: held-out problems, every so many iterations and after the last.
+                # Act 4, evaluation: held-out problems, every so many iterations and after the last.
                 last = iteration == config.iterations
                 due = last or (config.eval.every and iteration % config.eval.every == 0)
                 evaluation(
                     evaluate, decode_params(state.params) if due else None, writer, iteration, stopwatch, metrics
                 )
 
-                # Act 6, checkpoint: from here the run can go on after a kill.
+                # Act 5, checkpoint: from here the run can go on after a kill.
                 if last or iteration % config.checkpoint.every == 0:
-                    checkpoints.save(iteration, state, {"skipped_in_a_row": skipped})
+                    save(checkpoints, Progress(iteration, state, skipped, backlog))
                 advance()
         checkpoints.wait()
     return finish(config, workdir)
+
+
+class Progress(NamedTuple):
+    """Where a run stands between two iterations."""
+
+    done: int  # iterations
+    state: TrainState
+    skipped: int  # updates skipped in a row
+    backlog: Backlog
+
+
+def save(checkpoints: Checkpoints, progress: Progress) -> None:
+    """Writes all that a restart needs; `find_start` is the other way round."""
+    extra = {"skipped_in_a_row": progress.skipped, "position": progress.backlog.position}
+    waiting = progress.backlog.waiting
+    checkpoints.save(progress.done, progress.state, extra, to_arrays(waiting) if group_count(waiting) else None)
 
 
 def check_golds(pool: VerifierPool, parts: Parts) -> None:
@@ -137,44 +148,32 @@ def check_golds(pool: VerifierPool, parts: Parts) -> None:
         say(f"warning: {len(bad)} held-out answers cannot be checked, such as {bad[0].answer!r} of {bad[0].id}")
 
 
-def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path) -> tuple[int, TrainState, int]:
-    """(iterations done, state after them, updates skipped in a row), by the precedence in this module's docstring."""
+def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path) -> Progress:
+    """Where the run goes on, by the precedence in this module's docstring."""
     restored = checkpoints.restore(abstract_state(parts))
     if restored is not None:
-        done, state, extra = restored
+        done, state, extra, arrays = restored
         say(f"going on after iteration {done} of {config.iterations}")
-        return done, state, extra["skipped_in_a_row"]
+        waiting = from_arrays(arrays) if arrays else nothing_drawn(config).waiting
+        return Progress(done, state, extra["skipped_in_a_row"], Backlog(extra["position"], waiting))
     if not config.sft.updates:
-        return 0, build_state(config, parts), 0
+        return Progress(0, build_state(config, parts), 0, nothing_drawn(config))
     say(f"supervised warm start: {config.sft.updates} updates, metrics in {workdir}/sft/metrics.jsonl")
-    state = fresh_state(parts, warm_start(config, parts, workdir).params)
-    checkpoints.save(0, state, {"skipped_in_a_row": 0})
-    return 0, state, 0
+    start = Progress(0, fresh_state(parts, warm_start(config, parts, workdir).params), 0, nothing_drawn(config))
+    save(checkpoints, start)
+    return start
 
 
-def to_rewards(config: Config, verdicts) -> np.ndarray:
-    """f32[B]: reward.correct for a right answer, reward.incorrect for everything else."""
-    right = np.array([verdict.correct for verdict in verdicts])
-    return np.where(right, config.reward.correct, config.reward.incorrect).astype(np.float32)
+def find_reference(config: Config, parts: Parts, workdir: Path):
+    """Params of the weights that iteration 1 started from, for the KL; None, and no memory taken, where it is off.
 
-
-def rollout_metrics(config: Config, responses: Responses, rewards: np.ndarray) -> dict[str, float]:
-    """Figures of the responses themselves.
-
-    Args:
-        rewards: f32[Q, G].
+    They are read or made once more from where the run got them, so that a checkpoint need not hold them.
     """
-    lengths = responses.lengths
-    return {
-        "reward/mean": float(rewards.mean()),
-        "reward/groups_all_right": float((rewards == config.reward.correct).all(axis=1).mean()),
-        "reward/groups_all_wrong": float((rewards == config.reward.incorrect).all(axis=1).mean()),
-        "rollout/response_length": float(lengths.mean()),
-        "rollout/response_length_max": float(lengths.max()),
-        "rollout/prompt_length": float(responses.prompts.mask.sum(axis=1).mean()),
-        "rollout/truncated": float(responses.rollout.truncated.mean()),
-        "rollout/tokens": float(lengths.sum()),
-    }
+    if not config.kl.coefficient:
+        return None
+    if config.sft.updates:
+        return build_reference(parts, warm_start(config, parts, workdir).params)
+    return build_reference(parts, build_state(config, parts).params)
 
 
 def evaluation(evaluate, weights, writer: MetricsWriter, iteration: int, stopwatch: Stopwatch, metrics: dict) -> None:

@@ -56,15 +56,34 @@ class Rollout(NamedTuple):
     truncated: Array  # bool[B], True = ran out of slots before a stop token
 
 
+class Experience(NamedTuple):
+    """Checked responses by whole groups, on the host: what an iteration learns from, or a later one will."""
+
+    prompts: Prompts  # [Q, P]
+    rollout: Rollout  # [B, R]
+    old_logprobs: Array  # f32[B, R], of the weights that sampled; NaN where the trainer has yet to compute them
+    correct: Array  # bool[B]
+    rewards: Array  # f32[B]
+    iteration: Array  # i32[Q], in which the group was sampled
+
+
 class TrainBatch(NamedTuple):
-    """Several sequences packed into each row; attention never crosses a segment."""
+    """Several sequences packed into each row; attention never crosses a segment.
+
+    The loss of an update is a sum over the tokens of all its batches: `weights` times the policy loss plus
+    `supervised` times -logp. Whatever it is divided by is in these two already.
+    """
 
     tokens: Array  # i32[N, T]
     segment: Array  # i32[N, T], 0 = padding, 1.. = the sequences of the row
     position: Array  # i32[N, T], counts from 0 within a segment
     loss_mask: Array  # bool[N, T], True where the *token at this slot* was sampled
-    old_logprobs: Array  # f32[N, T], of the token at this slot
+    sampler_logprobs: Array  # f32[N, T], of the token at this slot, by the sampler
+    old_logprobs: Array  # f32[N, T], by the trainer with the weights that sampled; NaN = yet to be computed
+    ref_logprobs: Array  # f32[N, T], by the weights that the run started from; 0 where no KL is asked for
     advantages: Array  # f32[N, T]
+    weights: Array  # f32[N, T], of the token's policy loss
+    supervised: Array  # f32[N, T], of the token's -logp
 
 
 class TrainState(NamedTuple):

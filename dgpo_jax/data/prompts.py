@@ -38,6 +38,10 @@ class Template:
             return f"{self.system}\n{question}\n" if self.system else f"{question}\n"
         return self.form.replace("{problem}", question)
 
+    def opening(self, problem: str, tokenizer) -> str:
+        """What the prompt has begun of the response: "<think>", or nothing."""
+        return THINK if self.render(problem, tokenizer).rstrip().endswith(THINK) else ""
+
     def encode(self, problem: str, tokenizer) -> list[int]:
         """The prompt as ids. A chat template writes its own beginning-of-text marker, the other forms get the usual."""
         ids = tokenizer.encode(self.render(problem, tokenizer))

@@ -9,16 +9,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dgpo_jax.types import Prompts, Rollout, TrainBatch
+from dgpo_jax.rl.experience import group_size
+from dgpo_jax.types import Experience, TrainBatch
 
 
 class Example(NamedTuple):
-    """One sequence to learn from."""
+    """One sequence to learn from; a number stands for every token of its response."""
 
     prompt: np.ndarray  # i32[prompt length]
     response: np.ndarray  # i32[response length]
-    logprobs: np.ndarray  # f32[response length], the sampler's
+    sampler_logprobs: np.ndarray | float  # f32[response length]
+    old_logprobs: np.ndarray | float  # f32[response length]
     advantage: float
+    weight: float  # of each token's policy loss
+    supervised: float = 0.0  # of each token's -logp
+
+
+class Place(NamedTuple):
+    """Where a sequence lies in the microbatches."""
+
+    batch: int
+    row: int
+    segment: int  # 1.. within the row
+    start: int  # slot of its first prompt token
 
 
 def split_groups(groups: int, updates: int, seed: int, iteration: int) -> np.ndarray:
@@ -31,23 +44,24 @@ def split_groups(groups: int, updates: int, seed: int, iteration: int) -> np.nda
     return order.reshape(updates, -1)
 
 
-def to_examples(prompts: Prompts, rollout: Rollout, advantages, rows: Sequence[int]) -> list[Example]:
-    """Cuts the padding off some rows of a rollout.
+def to_examples(experience: Experience, rows: Sequence[int], advantages, weights, supervised) -> list[Example]:
+    """Cuts the padding off some responses.
 
     Args:
-        advantages: f32[B].
         rows: which of the B responses, in this order.
+        advantages, weights, supervised: f32[B] each.
     """
-    group_size = len(rollout.response) // len(prompts.tokens)
-    return [
-        Example(
-            prompts.tokens[row // group_size][prompts.mask[row // group_size]],
-            rollout.response[row][rollout.response_mask[row]],
-            rollout.logprobs[row][rollout.response_mask[row]],
-            float(advantages[row]),
-        )
-        for row in rows
-    ]
+    prompts, rollout, size = experience.prompts, experience.rollout, group_size(experience)
+    examples = []
+    for row in rows:
+        group, mask = row // size, rollout.response_mask[row]
+        examples.append(
+            Example(
+                prompts.tokens[group][prompts.mask[group]], rollout.response[row][mask], rollout.logprobs[row][mask],
+                experience.old_logprobs[row][mask], float(advantages[row]), float(weights[row]), float(supervised[row]),
+            )
+        )  # fmt: skip
+    return examples
 
 
 def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -74,6 +88,17 @@ def first_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return rows
 
 
+def lay_out(lengths: Sequence[int], *, rows: int, tokens_per_row: int) -> list[Place]:
+    """Where each sequence goes, by its length alone."""
+    places: dict[int, Place] = {}
+    for row, members in enumerate(first_fit(lengths, tokens_per_row)):
+        start = 0
+        for segment, index in enumerate(members, start=1):
+            places[index] = Place(row // rows, row % rows, segment, start)
+            start += lengths[index]
+    return [places[index] for index in range(len(lengths))]
+
+
 def pack(examples: Sequence[Example], *, rows: int, tokens_per_row: int, pad_id: int = 0) -> list[TrainBatch]:
     """Packs sequences into microbatches of one fixed shape.
 
@@ -82,16 +107,31 @@ def pack(examples: Sequence[Example], *, rows: int, tokens_per_row: int, pad_id:
         tokens_per_row: T.
     Returns:
         As many TrainBatches [N, T] as it takes, the last one filled up with empty rows; none for no examples.
-        `old_logprobs` are the sampler's.
     """
-    layout = first_fit([len(example.prompt) + len(example.response) for example in examples], tokens_per_row)
-    batches = []
-    for start in range(0, len(layout), rows):
-        batch = empty_batch(rows, tokens_per_row, pad_id)
-        for row, members in enumerate(layout[start : start + rows]):
-            _fill_row(batch, row, [examples[index] for index in members])
-        batches.append(batch)
+    places = lay_out(_lengths(examples), rows=rows, tokens_per_row=tokens_per_row)
+    count = 1 + max((place.batch for place in places), default=-1)
+    batches = [empty_batch(rows, tokens_per_row, pad_id) for _ in range(count)]
+    for example, place in zip(examples, places, strict=True):
+        _write(batches[place.batch], place, example)
     return batches
+
+
+def unpack(arrays: Sequence[np.ndarray], examples: Sequence[Example], *, rows: int, tokens_per_row: int) -> list[np.ndarray]:
+    """The other way round: what `arrays` [N, T], one per microbatch, hold for the response tokens of each example."""
+    places = lay_out(_lengths(examples), rows=rows, tokens_per_row=tokens_per_row)
+    return [
+        np.asarray(arrays[place.batch])[place.row, _response_slots(place, example)]
+        for example, place in zip(examples, places, strict=True)
+    ]
+
+
+def _lengths(examples: Sequence[Example]) -> list[int]:
+    return [len(example.prompt) + len(example.response) for example in examples]
+
+
+def _response_slots(place: Place, example: Example) -> slice:
+    first = place.start + len(example.prompt)
+    return slice(first, first + len(example.response))
 
 
 def empty_batch(rows: int, tokens_per_row: int, pad_id: int = 0) -> TrainBatch:
@@ -102,21 +142,20 @@ def empty_batch(rows: int, tokens_per_row: int, pad_id: int = 0) -> TrainBatch:
         segment=np.zeros(shape, np.int32),
         position=np.zeros(shape, np.int32),
         loss_mask=np.zeros(shape, bool),
-        old_logprobs=np.zeros(shape, np.float32),
-        advantages=np.zeros(shape, np.float32),
+        **{name: np.zeros(shape, np.float32) for name in TrainBatch._fields[4:]},
     )
 
 
-def _fill_row(batch: TrainBatch, row: int, examples: Sequence[Example]) -> None:
-    start = 0
-    for segment, example in enumerate(examples, start=1):
-        middle = start + len(example.prompt)
-        end = middle + len(example.response)
-        batch.tokens[row, start:middle] = example.prompt
-        batch.tokens[row, middle:end] = example.response
-        batch.segment[row, start:end] = segment
-        batch.position[row, start:end] = np.arange(end - start)
-        batch.loss_mask[row, middle:end] = True
-        batch.old_logprobs[row, middle:end] = example.logprobs
-        batch.advantages[row, middle:end] = example.advantage
-        start = end
+def _write(batch: TrainBatch, place: Place, example: Example) -> None:
+    row, response = place.row, _response_slots(place, example)
+    whole = slice(place.start, response.stop)
+    batch.tokens[row, place.start : response.start] = example.prompt
+    batch.tokens[row, response] = example.response
+    batch.segment[row, whole] = place.segment
+    batch.position[row, whole] = np.arange(response.stop - place.start)
+    batch.loss_mask[row, response] = True
+    batch.sampler_logprobs[row, response] = example.sampler_logprobs
+    batch.old_logprobs[row, response] = example.old_logprobs
+    batch.advantages[row, response] = example.advantage
+    batch.weights[row, response] = example.weight
+    batch.supervised[row, response] = example.supervised

@@ -1,11 +1,15 @@
-"""From packed microbatches to one optimizer step: three programs, each compiled once.
+"""From packed microbatches to one optimizer step: programs that are each compiled once.
 
-    score       log-probabilities of the weights that sampled, and how far the sampler's own are from them
+    score       log-probabilities of given weights: those that sampled, or those that the run started from
+    complete    puts the first into a batch, and corrects its advantages for what the sampler did differently
     accumulate  adds one microbatch's gradient to the sum
     apply       clips the sum, steps AdamW, skips the step if the gradient is not finite
 
-The loss of an update is a sum over all its response tokens divided by their count over all microbatches and devices
-(`normaliser`), so that cutting the batch differently, or over more devices, gives the same gradient.
+The loss of an update is a sum over the response tokens of all its microbatches and devices. What the sum is divided by
+is in the tokens' weights from the start (`aggregation.token_weights`), so that cutting the batch differently, or over
+more devices, gives the same gradient:
+
+    sum of  weights * (policy loss + kl * KL - entropy * H)  +  supervised * -log pi
 """
 
 from collections.abc import Callable, Iterable
@@ -15,8 +19,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dgpo_jax.rl.correction import Correction, correction_weights
+from dgpo_jax.rl.kl import kl_estimate
 from dgpo_jax.rl.logprobs import token_logprobs
-from dgpo_jax.rl.losses import leaving_region, observe, resolve_settings, token_loss
+from dgpo_jax.rl.losses import Regions, Surrogate, Tokens, policy_loss, resolve_settings
 from dgpo_jax.types import TrainBatch, TrainState
 
 
@@ -27,12 +33,16 @@ class LossSettings(NamedTuple):
     settings: dict[str, float | None]  # of the method, as `losses.token_loss` takes them
     temperature: float
     logprob_chunk: int  # slots of a row whose logits are held at once
+    kl: float = 0.0  # weight of the distance to the reference; 0 = batches need no reference
+    kl_estimator: str = "k3"  # as `kl.kl_estimate` takes it
+    entropy: float = 0.0  # weight of the entropy bonus
+    correction: Correction = Correction()
 
 
 class Totals(NamedTuple):
     """Figures of some tokens that can be merged with those of other tokens."""
 
-    sums: dict[str, Any]  # f32[] each
+    sums: dict[str, Any]  # f32[] each, the histogram f32[bins]
     maxima: dict[str, Any]  # f32[] each
 
 
@@ -47,9 +57,10 @@ class Shardings(NamedTuple):
 class Programs(NamedTuple):
     """The jitted programs of one run."""
 
-    score: Callable  # (params, TrainBatch) -> (logprobs f32[N, T], Totals)
+    score: Callable  # (params, TrainBatch) -> logprobs f32[N, T]
+    complete: Callable  # (TrainBatch, logprobs) -> (TrainBatch, Totals)
     zero: Callable  # (params) -> (gradients, Totals)
-    accumulate: Callable  # (params, (gradients, Totals), TrainBatch, normaliser) -> (gradients, Totals)
+    accumulate: Callable  # (params, (gradients, Totals), TrainBatch) -> (gradients, Totals)
     apply: Callable  # (TrainState, gradients, learning_rate) -> (TrainState, StepFigures)
 
 
@@ -60,8 +71,14 @@ class StepFigures(NamedTuple):
     skipped: Any  # f32[], 1 where the gradient was not finite and the state was left alone
 
 
-LOSS_SUMS = ("tokens", "loss", "entropy", "ratio", "kl_old", "too_low", "too_high")
-LOSS_MAXIMA = ("ratio", "minus_ratio", "ratio_error")
+# Ratios that the histogram tells apart: below the first, between neighbours, above the last.
+HISTOGRAM_EDGES = (0.1, 0.25, 0.5, 0.8, 0.9, 0.99, 1.01, 1.1, 1.28, 2.0, 4.0, 10.0)
+
+LOSS_SUMS = (
+    "tokens", "loss", "entropy", "ratio", "kl_old", "kl_ref", "supervised", "clipped", "dual_clipped", "log_ratio_size",
+    "histogram", *Regions._fields, *(f"{name}_weight" for name in Regions._fields),
+)  # fmt: skip
+LOSS_MAXIMA = ("ratio", "minus_ratio", "ratio_error", "log_ratio_size", *(f"{name}_weight" for name in Regions._fields))
 
 
 def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) -> Programs:
@@ -79,29 +96,48 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
         hidden, _ = model.hidden(params, batch.tokens, batch.segment, batch.position)
         unembedding = model.unembedding(params).astype(hidden.dtype)
         return token_logprobs(
-            hidden, unembedding, batch.tokens, temperature=loss.temperature, chunk=loss.logprob_chunk
-        )
+            hidden, unembedding, batch.tokens, temperature=loss.temperature, chunk=loss.logprob_chunk,
+            entropy_gradient=loss.entropy > 0,
+        )  # fmt: skip
 
     def score(params, batch: TrainBatch):
-        logprobs, _ = logprobs_of(params, batch)
-        return logprobs, gap_totals(logprobs, batch)
+        return logprobs_of(params, batch)[0]
+
+    def complete(batch: TrainBatch, logprobs):
+        old_logprobs = jnp.where(jnp.isnan(batch.old_logprobs), logprobs, batch.old_logprobs)
+        old_logprobs = jnp.where(batch.loss_mask, old_logprobs, 0.0)
+        log_ratio = jnp.where(batch.loss_mask, old_logprobs - batch.sampler_logprobs, 0.0)
+        # The policy loss is linear in the advantage, and only its sign chooses a branch.
+        weights = correction_weights(loss.correction, log_ratio, batch.segment, batch.loss_mask)
+        batch = batch._replace(old_logprobs=old_logprobs, advantages=batch.advantages * weights)
+        return batch, gap_totals(log_ratio, weights, batch.loss_mask)
 
     def zero(params):
         gradients = jax.tree.map(jnp.zeros_like, params)
-        sums = dict.fromkeys(LOSS_SUMS, jnp.float32(0))
+        sums = dict.fromkeys(LOSS_SUMS, jnp.float32(0)) | {"histogram": jnp.zeros(len(HISTOGRAM_EDGES) + 1)}
         return gradients, Totals(sums, dict.fromkeys(LOSS_MAXIMA, jnp.float32(-jnp.inf)))
 
-    def accumulate(params, carry, batch: TrainBatch, normaliser):
-        def batch_loss(params):
-            logprobs, entropy = logprobs_of(params, batch)
-            losses = token_loss(
-                loss.method, logprobs, batch.old_logprobs, batch.advantages, batch.segment, batch.loss_mask, **settings
-            )  # fmt: skip
-            losses = losses / normaliser
-            return jnp.sum(losses), loss_totals(logprobs, entropy, losses, batch, settings)
+    def batch_loss(params, batch: TrainBatch):
+        logprobs, entropy = logprobs_of(params, batch)
+        logprobs, entropy = (jnp.where(batch.loss_mask, x, 0.0) for x in (logprobs, entropy))
+        policy, tokens, surrogate = policy_loss(
+            loss.method, logprobs, batch.old_logprobs, batch.advantages, batch.segment, batch.loss_mask, **settings
+        )
+        total = jnp.sum(batch.weights * policy) - jnp.sum(batch.supervised * logprobs)
+        kl = jnp.zeros_like(logprobs)
+        if loss.kl:
+            kl = kl_estimate(loss.kl_estimator, logprobs, jnp.where(batch.loss_mask, batch.ref_logprobs, 0.0))
+            total += loss.kl * jnp.sum(batch.weights * kl)
+        if loss.entropy:
+            total -= loss.entropy * jnp.sum(batch.weights * entropy)
+        per_token = {
+            "loss": batch.weights * policy, "supervised": -batch.supervised * logprobs, "kl_ref": kl, "entropy": entropy
+        }  # fmt: skip
+        return total, loss_totals(batch, tokens, surrogate, per_token)
 
+    def accumulate(params, carry, batch: TrainBatch):
         gradients, totals = carry
-        new_gradients, new_totals = jax.grad(batch_loss, has_aux=True)(params)
+        new_gradients, new_totals = jax.grad(batch_loss, has_aux=True)(params, batch)
         return jax.tree.map(jnp.add, gradients, new_gradients), merge_totals(totals, new_totals)
 
     def apply(state: TrainState, gradients, learning_rate):
@@ -115,19 +151,19 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
 
     carry = (shardings.state.params, shardings.scalar)
     return Programs(
-        score=jax.jit(score, out_shardings=(shardings.batch.old_logprobs, shardings.scalar)),
+        score=jax.jit(score, out_shardings=shardings.batch.old_logprobs),
+        complete=jax.jit(complete, out_shardings=(shardings.batch, shardings.scalar)),
         zero=jax.jit(zero, out_shardings=carry),
         accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=carry),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings.state, shardings.scalar)),
     )
 
 
-def take_update(programs: Programs, state: TrainState, batches: Iterable[TrainBatch], normaliser, learning_rate):
+def take_update(programs: Programs, state: TrainState, batches: Iterable[TrainBatch], learning_rate):
     """One optimizer step from the microbatches of a minibatch.
 
     Args:
         batches: on the device.
-        normaliser: f32[], response tokens of the whole minibatch, those left out of `batches` included.
         learning_rate: f32[].
     Returns:
         (TrainState, Totals, StepFigures), on the device and not waited for. No microbatch at all gives a zero
@@ -135,41 +171,60 @@ def take_update(programs: Programs, state: TrainState, batches: Iterable[TrainBa
     """
     carry = programs.zero(state.params)
     for batch in batches:
-        carry = programs.accumulate(state.params, carry, batch, normaliser)
+        carry = programs.accumulate(state.params, carry, batch)
     gradients, totals = carry
     state, figures = programs.apply(state, gradients, learning_rate)
     return state, totals, figures
 
 
-def loss_totals(logprobs, entropy, losses, batch: TrainBatch, settings: dict) -> Totals:
-    """What the policy metrics are made of; masked tokens count nowhere, whatever their values."""
-    mask = batch.loss_mask
-    logprobs, old_logprobs, entropy = (jnp.where(mask, x, 0.0) for x in (logprobs, batch.old_logprobs, entropy))
-    tokens = observe(logprobs, old_logprobs, batch.advantages, batch.segment, mask)
-    ratio = jnp.exp(tokens.log_ratio)
-    # A method that does not clip has no region to leave.
-    region = {"clip_low": settings.get("clip_low", 1.0), "clip_high": settings.get("clip_high", jnp.inf)}
-    too_low, too_high = leaving_region(tokens, **region)
+def loss_totals(batch: TrainBatch, tokens: Tokens, surrogate: Surrogate, per_token: dict[str, Any]) -> Totals:
+    """What the policy metrics are made of; masked tokens count nowhere, whatever their values.
 
-    def total(x):
+    Args:
+        tokens, surrogate: as `losses.policy_loss` gives them.
+        per_token: further figures f32[N, T] to be summed.
+    """
+    mask, ratio, size = batch.loss_mask, jnp.exp(tokens.log_ratio), jnp.abs(tokens.log_ratio)
+
+    def total(x, mask=mask):
         return jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32))
 
-    def largest(x):
+    def largest(x, mask=mask):
         return jnp.max(jnp.where(mask, x, -jnp.inf))
 
-    sums = {
-        "tokens": total(mask), "loss": total(losses), "entropy": total(entropy), "ratio": total(ratio),
-        "kl_old": total(old_logprobs - tokens.logprobs), "too_low": total(too_low), "too_high": total(too_high),
+    in_regions = surrogate.regions._asdict()
+    above = [total(ratio > edge) for edge in (-1.0, *HISTOGRAM_EDGES, jnp.inf)]
+    sums = (
+        {name: total(x) for name, x in per_token.items()}
+        | {name: total(inside) for name, inside in in_regions.items()}
+        | {f"{name}_weight": total(surrogate.weight, inside) for name, inside in in_regions.items()}
+        | {
+            "tokens": total(mask), "ratio": total(ratio), "kl_old": total(batch.old_logprobs - tokens.logprobs),
+            "clipped": total(surrogate.clipped), "dual_clipped": total(surrogate.dual_clipped),
+            "log_ratio_size": total(size), "histogram": -jnp.diff(jnp.stack(above)),
+        }
+    )  # fmt: skip
+    maxima = {f"{name}_weight": largest(surrogate.weight, inside) for name, inside in in_regions.items()} | {
+        "ratio": largest(ratio), "minus_ratio": largest(-ratio), "ratio_error": largest(jnp.abs(ratio - 1)),
+        "log_ratio_size": largest(size),
     }  # fmt: skip
-    maxima = {"ratio": largest(ratio), "minus_ratio": largest(-ratio), "ratio_error": largest(jnp.abs(ratio - 1))}
     return Totals(sums, maxima)
 
 
-def gap_totals(logprobs, batch: TrainBatch) -> Totals:
-    """How far the sampler's log-probabilities (in `batch.old_logprobs`) are from the trainer's."""
-    gap = jnp.where(batch.loss_mask, jnp.abs(logprobs - batch.old_logprobs), 0.0)
-    tokens = jnp.sum(batch.loss_mask, dtype=jnp.float32)
-    return Totals({"tokens": tokens, "gap": jnp.sum(gap)}, {"gap": jnp.max(gap)})
+def gap_totals(log_ratio, weights, mask) -> Totals:
+    """How far the sampler's log-probabilities are from the trainer's, and what was done about it.
+
+    Args:
+        log_ratio: f32[N, T], trainer's less sampler's; 0 where masked.
+        weights: f32[N, T], what advantages were multiplied by.
+    """
+    gap = jnp.abs(log_ratio)
+    counted = mask.astype(jnp.float32)
+    sums = {
+        "tokens": jnp.sum(counted), "gap": jnp.sum(gap), "weight": jnp.sum(weights * counted),
+        "rejected": jnp.sum(counted * (weights == 0)),
+    }  # fmt: skip
+    return Totals(sums, {"gap": jnp.max(gap), "weight": jnp.max(weights * counted)})
 
 
 def merge_totals(one: Totals, other: Totals) -> Totals:

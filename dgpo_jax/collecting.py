@@ -1,0 +1,200 @@
+"""Experience for an iteration: draw prompts, answer them, check the answers, until enough groups can teach something.
+
+Groups wait in a queue, oldest first, and an iteration learns from the first Q. Plainly, one draw of Q prompts is queued and
+learned from at once. Dynamic sampling queues only groups with both right and wrong answers and draws until Q are there;
+what is left over waits for the next iteration. With a staleness of S the queue is kept S iterations longer than that.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dgpo_jax.build import Parts
+from dgpo_jax.config import Config
+from dgpo_jax.evaluation import count_statuses
+from dgpo_jax.learning import in_baseline, score_responses
+from dgpo_jax.metrics import MetricsWriter
+from dgpo_jax.rewards.pool import VerifierPool
+from dgpo_jax.rewards.shaping import format_reward, overlong_penalty
+from dgpo_jax.rl.advantages import alike
+from dgpo_jax.rl.experience import by_group, group_count, join, no_groups, select
+from dgpo_jax.rl.kl import kl_estimate
+from dgpo_jax.rl.sampler import TRAINING, Draw
+from dgpo_jax.rl.update import Programs
+from dgpo_jax.rollout import Responses, build_sampling, make_rollout, to_rows
+from dgpo_jax.session import Stopwatch
+from dgpo_jax.types import Experience, Verdict
+
+
+class Backlog(NamedTuple):
+    """What a restart must know of the data."""
+
+    position: int  # problems of the stream drawn so far
+    waiting: Experience  # sampled and not yet learned from, oldest first
+
+
+class Checked(NamedTuple):
+    """One draw: Q problems, their responses, and what these are worth."""
+
+    responses: Responses
+    verdicts: Sequence[Verdict]  # B
+    rewards: np.ndarray  # f32[B]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """bool[B]."""
+        return np.array([verdict.correct for verdict in self.verdicts])
+
+
+def nothing_drawn(config: Config) -> Backlog:
+    """The backlog before the first iteration."""
+    return Backlog(0, no_groups(config.rollout.max_prompt, config.rollout.max_response))
+
+
+def make_collect(config: Config, parts: Parts, programs: Programs, decode_params, pool: VerifierPool, writer: MetricsWriter, reference):
+    """Returns the function (params, Backlog, iteration, Stopwatch) -> (Experience of Q groups, Backlog, metrics).
+
+    It writes the texts of the iteration. How many draws it takes depends on the answers alone, so that a run that is
+    killed and goes on takes the same.
+
+    Args:
+        reference: params of the weights that the run started from; only for a KL in the reward.
+    """
+    settings = config.rollout
+    sampling = build_sampling(parts, settings, group_size=settings.group_size, temperature=settings.temperature)
+    rollout = make_rollout(parts, sampling, settings.max_prompt)
+    cap = settings.staleness + (settings.max_draws if settings.dynamic_sampling else 1)
+
+    def draw(weights, position: int, key: Draw, stopwatch: Stopwatch) -> Checked:
+        with stopwatch("rollout"):
+            responses = rollout(weights, parts.stream.take(position, settings.prompts), key)
+        with stopwatch("verify"):
+            verdicts = pool.score(responses.answers())
+            return Checked(responses, verdicts, to_rewards(config, responses, verdicts))
+
+    def collect(params, backlog: Backlog, iteration: int, stopwatch: Stopwatch):
+        position, waiting = backlog
+        weights = decode_params(params)
+        draws: list[Checked] = []
+        charges: list[float] = []
+        unused = no_groups(settings.max_prompt, settings.max_response)
+        while group_count(waiting) < settings.prompts * (1 + settings.staleness) and len(draws) < cap:
+            key = Draw(config.seed, TRAINING, iteration, len(draws) * settings.prompts)
+            checked = draw(weights, position, key, stopwatch)
+            position += settings.prompts
+            experience = to_experience(config, checked, iteration)
+            if reference is not None:
+                charge = kl_charge(config, parts, programs, params, reference, experience)
+                charges.append(float(charge.mean()))
+                checked = checked._replace(rewards=checked.rewards - charge)
+                experience = experience._replace(rewards=checked.rewards)
+            draws.append(checked)
+            teaching = np.ones(settings.prompts, bool)
+            if settings.dynamic_sampling:
+                teaching = ~alike(by_group(experience, experience.correct), in_baseline(config, experience))
+            waiting = join(waiting, select(experience, np.flatnonzero(teaching)))
+            unused = join(unused, select(experience, np.flatnonzero(~teaching)))
+        del weights  # the copy for decoding would otherwise live through the updates
+        missing = max(0, settings.prompts - group_count(waiting))
+        # Never fewer than Q: groups without an advantage change no gradient and keep every update's share of groups.
+        waiting = join(waiting, select(unused, np.arange(group_count(unused))[group_count(unused) - missing :]))
+        writer.write_rollouts(
+            iteration, [{"draw": number} | row for number, checked in enumerate(draws) for row in to_rows(*checked)]
+        )
+        groups = np.arange(group_count(waiting))
+        chosen = select(waiting, groups[: settings.prompts])
+        backlog = Backlog(position, select(waiting, groups[settings.prompts :]))
+        metrics = draw_metrics(config, draws) | {
+            "data/position": position,
+            "rollout/draws": len(draws),
+            "rollout/groups_filled_up": missing,
+            "rollout/groups_waiting": group_count(backlog.waiting),
+            "rollout/staleness": float(np.mean(iteration - chosen.iteration)),
+        }
+        if charges:
+            metrics["reward/kl"] = float(np.mean(charges))
+        return chosen, backlog, metrics
+
+    return collect
+
+
+def to_rewards(config: Config, responses: Responses, verdicts: Sequence[Verdict]) -> np.ndarray:
+    """f32[B]: the answer's worth, or that of a missing tag in its place, less the penalty for length."""
+    settings = config.reward
+    rewards = [
+        _or(formatted, settings.correct if verdict.correct else settings.incorrect)
+        for formatted, verdict in zip(format_rewards(config, responses), verdicts, strict=True)
+    ]
+    return np.array(rewards, np.float32) + overlong_penalties(config, responses.lengths)
+
+
+def _or(given, otherwise):
+    return otherwise if given is None else given
+
+
+def format_rewards(config: Config, responses: Responses) -> list[float | None]:
+    """B rewards of responses that did not think in tags, None where the answer decides."""
+    no_think_end, no_think_start = config.reward.no_think_end, config.reward.no_think_start
+    return [
+        format_reward(prompt_end, text, no_think_end=no_think_end, no_think_start=no_think_start)
+        for prompt_end, text in zip(responses.prompt_ends(), responses.texts, strict=True)
+    ]
+
+
+def overlong_penalties(config: Config, length: np.ndarray) -> np.ndarray:
+    """f32[B], 0 or less."""
+    settings = config.reward
+    return overlong_penalty(
+        length, max_response=config.rollout.max_response, buffer=settings.overlong_buffer, factor=settings.overlong_penalty
+    )
+
+
+def to_experience(config: Config, checked: Checked, iteration: int) -> Experience:
+    """What updates need of a draw."""
+    prompts, rollout = checked.responses.prompts, checked.responses.rollout
+    known = config.update.old_logprobs == "sampler"
+    old_logprobs = rollout.logprobs if known else np.full_like(rollout.logprobs, np.nan)
+    stamp = np.full(len(prompts.tokens), iteration, np.int32)
+    return Experience(prompts, rollout, old_logprobs, checked.correct, checked.rewards, stamp)
+
+
+def kl_charge(config: Config, parts: Parts, programs: Programs, params, reference, experience: Experience) -> np.ndarray:
+    """f32[B]: kl.coefficient times the distance to the reference summed over the response, for every response."""
+    rows = np.arange(len(experience.rewards))
+    policy = experience.rollout.logprobs
+    if config.update.old_logprobs == "trainer":
+        policy = score_responses(config, parts, programs, params, experience, rows)
+    distance = kl_estimate(
+        config.kl.estimator, policy, score_responses(config, parts, programs, reference, experience, rows)
+    )
+    return config.kl.coefficient * np.where(experience.rollout.response_mask, distance, 0).sum(axis=1)
+
+
+def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:
+    """Figures of all that was sampled in an iteration, whether learned from or not; none of no draw."""
+    if not draws:
+        return {"rollout/responses": 0.0, "rollout/tokens": 0.0}
+    length = np.concatenate([checked.responses.lengths for checked in draws])
+    correct = np.concatenate([checked.correct.reshape(-1, config.rollout.group_size) for checked in draws])
+    rollouts = [checked.responses.rollout for checked in draws]
+    logprobs = sum(rollout.logprobs[rollout.response_mask].sum(dtype=np.float64) for rollout in rollouts)
+    figures = {
+        "reward/mean": float(np.mean([checked.rewards for checked in draws])),
+        "reward/groups_all_right": float(correct.all(axis=1).mean()),
+        "reward/groups_all_wrong": float((~correct).all(axis=1).mean()),
+        "rollout/responses": float(len(length)),
+        "rollout/response_length": float(length.mean()),
+        "rollout/response_length_max": float(length.max()),
+        "rollout/prompt_length": float(np.mean([checked.responses.prompts.mask.sum(axis=1) for checked in draws])),
+        "rollout/truncated": float(np.mean([rollout.truncated for rollout in rollouts])),
+        "rollout/tokens": float(length.sum()),
+        # Of all responses, in nats per token; policy/entropy is of those learned from.
+        "rollout/entropy": float(-logprobs / length.sum()),
+    }
+    if config.reward.overlong_buffer:
+        figures["reward/overlong"] = float(overlong_penalties(config, length).mean())
+    if config.reward.no_think_end is not None or config.reward.no_think_start is not None:
+        missing = [reward is not None for checked in draws for reward in format_rewards(config, checked.responses)]
+        figures["reward/no_think"] = float(np.mean(missing))
+    return figures | count_statuses([verdict for checked in draws for verdict in checked.verdicts])

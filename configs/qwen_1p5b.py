@@ -23,7 +23,7 @@ temperatures, number of iterations; their script is a demonstration on GSM8K. Th
         iterations of warm-up, weight decay 0.1, gradient norm 1, sampling at temperature 1
     4 updates per iteration, as in DGPO's demonstration script; Klear-Reasoner took 8, DAPO 16
     responses of up to 8192 tokens, as in DAPO's 7B script; Klear-Reasoner's 32K do not fit this machine
-    without a dual clip, as in DGPO's code; the dynamic sampling that Klear-Reasoner and DAPO use is not here yet
+    without a dual clip, as in DGPO's code; and without the dynamic sampling of Klear-Reasoner and DAPO (rollout.dynamic_sampling)
 Rewards are 1 and 0. DAPO's 1 and -1 give the same advantages, since a group's mean and spread are taken out.
 """
 
@@ -59,7 +59,7 @@ def get_config() -> Config:
         ),
         rollout=RolloutConfig(prompts=128, group_size=8, max_prompt=2048, max_response=8192),
         reward=RewardConfig(extract="boxed", workers=16),
-        loss=LossConfig(method="dgpo", clip_low=0.2, clip_high=0.28, n=2.0, m=2.0),
+        loss=LossConfig(method="dgpo", n=2.0, m=2.0),
         update=UpdateConfig(updates=4, tokens_per_row=10240, tokens_per_device=20480, logprob_chunk=512),
         optimizer=OptimizerConfig(learning_rate=1e-6, warmup_iterations=10, weight_decay=0.1, clip_norm=1.0),
         eval=EvalConfig(every=10, problems=30, samples=32, temperature=0.6),

@@ -40,11 +40,12 @@ class Checked(NamedTuple):
     responses: Responses
     verdicts: Sequence[Verdict]  # B
     rewards: np.ndarray  # f32[B]
+    correct: np.ndarray  # bool[B]; a right answer without the tags asked for is not, as it earns no more than others
+    kl_charge: float = 0.0  # what a KL in the reward took off, on average
 
-    @property
-    def correct(self) -> np.ndarray:
-        """bool[B]."""
-        return np.array([verdict.correct for verdict in self.verdicts])
+    def rows(self, number: int) -> list[dict]:
+        """What is written to disk of it."""
+        return [{"draw": number} | row for row in to_rows(self.responses, self.verdicts, self.rewards)]
 
 
 def nothing_drawn(config: Config) -> Backlog:
@@ -52,7 +53,9 @@ def nothing_drawn(config: Config) -> Backlog:
     return Backlog(0, no_groups(config.rollout.max_prompt, config.rollout.max_response))
 
 
-def make_collect(config: Config, parts: Parts, programs: Programs, decode_params, pool: VerifierPool, writer: MetricsWriter, reference):
+def make_collect(
+    config: Config, parts: Parts, programs: Programs, decode_params, pool: VerifierPool, writer: MetricsWriter, reference
+):  # fmt: skip
     """Returns the function (params, Backlog, iteration, Stopwatch) -> (Experience of Q groups, Backlog, metrics).
 
     It writes the texts of the iteration. How many draws it takes depends on the answers alone, so that a run that is
@@ -66,71 +69,61 @@ def make_collect(config: Config, parts: Parts, programs: Programs, decode_params
     rollout = make_rollout(parts, sampling, settings.max_prompt)
     cap = settings.staleness + (settings.max_draws if settings.dynamic_sampling else 1)
 
-    def draw(weights, position: int, key: Draw, stopwatch: Stopwatch) -> Checked:
+    def draw(params, weights, position: int, key: Draw, stopwatch: Stopwatch) -> Checked:
         with stopwatch("rollout"):
             responses = rollout(weights, parts.stream.take(position, settings.prompts), key)
         with stopwatch("verify"):
             verdicts = pool.score(responses.answers())
-            return Checked(responses, verdicts, to_rewards(config, responses, verdicts))
+            checked = Checked(responses, verdicts, *to_rewards(config, responses, verdicts))
+        if reference is None:
+            return checked
+        with stopwatch("update"):  # forward passes like those before an update
+            experience = to_experience(config, checked, key.iteration)
+            charge = kl_charge(config, parts, programs, params, reference, experience)
+        return checked._replace(rewards=checked.rewards - charge, kl_charge=float(charge.mean()))
 
     def collect(params, backlog: Backlog, iteration: int, stopwatch: Stopwatch):
         position, waiting = backlog
         weights = decode_params(params)
         draws: list[Checked] = []
-        charges: list[float] = []
-        unused = no_groups(settings.max_prompt, settings.max_response)
+        unused = nothing_drawn(config).waiting
         while group_count(waiting) < settings.prompts * (1 + settings.staleness) and len(draws) < cap:
             key = Draw(config.seed, TRAINING, iteration, len(draws) * settings.prompts)
-            checked = draw(weights, position, key, stopwatch)
+            draws.append(draw(params, weights, position, key, stopwatch))
             position += settings.prompts
-            experience = to_experience(config, checked, iteration)
-            if reference is not None:
-                charge = kl_charge(config, parts, programs, params, reference, experience)
-                charges.append(float(charge.mean()))
-                checked = checked._replace(rewards=checked.rewards - charge)
-                experience = experience._replace(rewards=checked.rewards)
-            draws.append(checked)
+            experience = to_experience(config, draws[-1], iteration)
             teaching = np.ones(settings.prompts, bool)
             if settings.dynamic_sampling:
                 teaching = ~alike(by_group(experience, experience.correct), in_baseline(config, experience))
             waiting = join(waiting, select(experience, np.flatnonzero(teaching)))
             unused = join(unused, select(experience, np.flatnonzero(~teaching)))
         del weights  # the copy for decoding would otherwise live through the updates
+        writer.write_rollouts(iteration, [row for number, checked in enumerate(draws) for row in checked.rows(number)])
+
+        # Every update has its share of Q groups: at the cap, those without right and wrong answers fill up.
         missing = max(0, settings.prompts - group_count(waiting))
-        # Never fewer than Q: groups without an advantage change no gradient and keep every update's share of groups.
-        waiting = join(waiting, select(unused, np.arange(group_count(unused))[group_count(unused) - missing :]))
-        writer.write_rollouts(
-            iteration, [{"draw": number} | row for number, checked in enumerate(draws) for row in to_rows(*checked)]
-        )
-        groups = np.arange(group_count(waiting))
-        chosen = select(waiting, groups[: settings.prompts])
-        backlog = Backlog(position, select(waiting, groups[settings.prompts :]))
-        metrics = draw_metrics(config, draws) | {
+        waiting = join(waiting, select(unused, range(group_count(unused) - missing, group_count(unused))))
+        chosen = select(waiting, range(settings.prompts))
+        backlog = Backlog(position, select(waiting, range(settings.prompts, group_count(waiting))))
+        return chosen, backlog, draw_metrics(config, draws) | {
             "data/position": position,
             "rollout/draws": len(draws),
             "rollout/groups_filled_up": missing,
             "rollout/groups_waiting": group_count(backlog.waiting),
             "rollout/staleness": float(np.mean(iteration - chosen.iteration)),
         }
-        if charges:
-            metrics["reward/kl"] = float(np.mean(charges))
-        return chosen, backlog, metrics
 
     return collect
 
 
-def to_rewards(config: Config, responses: Responses, verdicts: Sequence[Verdict]) -> np.ndarray:
-    """f32[B]: the answer's worth, or that of a missing tag in its place, less the penalty for length."""
+def to_rewards(config: Config, responses: Responses, verdicts: Sequence[Verdict]) -> tuple[np.ndarray, np.ndarray]:
+    """(rewards f32[B]: the answer's worth, or that of a missing tag in its place, less the penalty for length; correct bool[B])."""
     settings = config.reward
-    rewards = [
-        _or(formatted, settings.correct if verdict.correct else settings.incorrect)
-        for formatted, verdict in zip(format_rewards(config, responses), verdicts, strict=True)
-    ]
-    return np.array(rewards, np.float32) + overlong_penalties(config, responses.lengths)
-
-
-def _or(given, otherwise):
-    return otherwise if given is None else given
+    answers = [settings.correct if verdict.correct else settings.incorrect for verdict in verdicts]
+    formats = format_rewards(config, responses)
+    rewards = [answer if form is None else form for answer, form in zip(answers, formats, strict=True)]
+    correct = [verdict.correct and form is None for verdict, form in zip(verdicts, formats, strict=True)]
+    return np.array(rewards, np.float32) + overlong_penalties(config, responses.lengths), np.array(correct)
 
 
 def format_rewards(config: Config, responses: Responses) -> list[float | None]:
@@ -192,6 +185,8 @@ def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:
         # Of all responses, in nats per token; policy/entropy is of those learned from.
         "rollout/entropy": float(-logprobs / length.sum()),
     }
+    if config.kl.coefficient and config.kl.place == "reward":
+        figures["reward/kl"] = float(np.mean([checked.kl_charge for checked in draws]))
     if config.reward.overlong_buffer:
         figures["reward/overlong"] = float(overlong_penalties(config, length).mean())
     if config.reward.no_think_end is not None or config.reward.no_think_start is not None:

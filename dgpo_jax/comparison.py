@@ -47,6 +47,7 @@ class Measure(NamedTuple):
 MEASURES = (
     Measure("greedy", "greedy %", ".1f", 100.0),
     Measure("avg", "{avg} %", ".1f", 100.0),
+    Measure("mean_avg", "mean {avg} %", ".1f", 100.0),
     Measure("best_avg", "best {avg} %", ".1f", 100.0),
     Measure("drop", "drop", ".1f", 100.0),
     Measure("entropy", "entropy", ".3f"),
@@ -55,7 +56,10 @@ MEASURES = (
     Measure("responses", "responses", ".0f"),
     Measure("seconds", "seconds", ".0f"),
 )
-DIFFERENCE = Measure("difference", "{avg} - {first}", "+.1f", 100.0)
+DIFFERENCES = (  # of these measures to the first method's, seed by seed
+    Measure("avg", "{avg} - {first}", "+.1f", 100.0),
+    Measure("mean_avg", "mean - {first}", "+.1f", 100.0),
+)
 
 
 def read_result(label: str, seed: int, workdir: Path, finished: bool) -> Result:
@@ -95,10 +99,11 @@ def summarise(rows: Sequence[dict]) -> dict[str, float | None]:
     def last(found: list[float]) -> float | None:
         return found[-1] if found else None
 
-    average = values(AVERAGE)
+    average, trained = values(AVERAGE), [value for iteration, value in series(rows, AVERAGE) if iteration]
     return {
         "greedy": last(values(GREEDY)),
         "avg": last(average),
+        "mean_avg": sum(trained) / len(trained) if trained else None,
         "best_avg": max(average, default=None),
         "drop": max(average) - average[-1] if average else None,
         "entropy": last(values(ENTROPY)),
@@ -131,16 +136,19 @@ def make_table(results: Sequence[Result], title: str = "") -> str:
     """
     labels = list(dict.fromkeys(result.label for result in results))
     by_label = {label: [result for result in results if result.label == label] for label in labels}
-    finals = {label: _finals(by_label[label]) for label in labels}
+    summaries = {
+        label: {result.seed: summarise(result.rows) for result in by_label[label] if result.finished} for label in labels
+    }
     average = average_name(results)
-    headers = [measure.header.format(avg=average, first=labels[0]) for measure in (*MEASURES, DIFFERENCE)]
+    headers = [measure.header.format(avg=average, first=labels[0]) for measure in (*MEASURES, *DIFFERENCES)]
     body = []
     for label in labels:
-        finished = [result for result in by_label[label] if result.finished]
-        summaries = [summarise(result.rows) for result in finished]
-        cells = [_cell(measure, [summary[measure.key] for summary in summaries]) for measure in MEASURES]
-        differences = [] if label == labels[0] else paired_differences(finals[label], finals[labels[0]])
-        body.append([label, f"{len(finished)} of {len(by_label[label])}", *cells, _cell(DIFFERENCE, differences)])
+        finished = summaries[label]
+        cells = [_cell(measure, [summary[measure.key] for summary in finished.values()]) for measure in MEASURES]
+        for measure in DIFFERENCES:
+            own, first = (_by_seed(summaries[which], measure.key) for which in (label, labels[0]))
+            cells.append(_cell(measure, [] if label == labels[0] else paired_differences(own, first)))
+        body.append([label, f"{len(finished)} of {len(by_label[label])}", *cells])
     parts = [f"# {title}\n"] if title else []
     parts += [_align([["method", "finished", *headers], *body]), definitions(average, labels[0])]
     missing = [_excuse(result) for result in results if not result.finished]
@@ -154,12 +162,12 @@ def definitions(average: str, first: str) -> str:
     samples = average.removeprefix("avg@")
     return (
         f"Mean ± standard error over the seeds that finished. greedy, {average}: held-out accuracy after the last iteration,"
-        f" of one answer at temperature 0 and as the mean of {samples} sampled ones. best: the highest {average} of the run's"
-        " evaluations; drop: best minus last, in points. entropy: of the sampled tokens in the last iteration, nats. max"
+        f" of one answer at temperature 0 and as the mean of {samples} sampled ones. mean, best: of {average} over the run's"
+        " evaluations after its start; drop: best minus last, in points. entropy: of the sampled tokens in the last iteration, nats. max"
         " ratio, max grad norm: the largest of the whole run, the norm before clipping. responses: sampled to learn from."
         " seconds: of all iterations, without start, evaluation and checkpoints."
-        f" {DIFFERENCE.header.format(avg=average, first=first)}: points of {average} more than {first} with the same"
-        " seed, which began with the same weights and problems; mean over the seeds that both finished.\n"
+        f" {average} - {first}, mean - {first}: points more than {first} with the same seed, which began with the same"
+        " weights and problems; mean over the seeds that both finished.\n"
     )
 
 
@@ -196,10 +204,9 @@ def _status(result: Result) -> str:
     return "failed" if result.failure else "unfinished"
 
 
-def _finals(results: Sequence[Result]) -> dict[int, float]:
-    """The last avg@k by seed, of the runs that finished and have one."""
-    finals = {result.seed: summarise(result.rows)["avg"] for result in results if result.finished}
-    return {seed: value for seed, value in finals.items() if value is not None}
+def _by_seed(summaries: dict[int, dict], key: str) -> dict[int, float]:
+    """One measure of the runs that have it."""
+    return {seed: summary[key] for seed, summary in summaries.items() if summary[key] is not None}
 
 
 def _cell(measure: Measure, values: Sequence[float | None]) -> str:

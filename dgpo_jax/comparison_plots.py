@@ -100,7 +100,7 @@ def _draw_weights(axes: Any, ratios: np.ndarray, values: np.ndarray) -> None:
 
 
 def _dress_weights(axes: Any, title: str, region: tuple[float, float] | None) -> None:
-    plots._dress(axes, plots.Panel(title, "weight", ()), many=False, log=False)
+    plots.dress(axes, plots.Panel(title, "weight", ()), many=False, log=False)
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.set_xlim(0.01, 100)
@@ -168,7 +168,7 @@ def _draw(axes: Any, panel: plots.Panel, results: Sequence[Result], labels: Sequ
             curve.iterations, curve.low, curve.high, color=_style(number)["color"], alpha=0.15, linewidth=0
         )
     title = panel.title.format(avg=average_name(results))
-    plots._dress(axes, panel._replace(title=title), many=False, log=log)
+    plots.dress(axes, panel._replace(title=title), many=False, log=log)
     if log:
         _plain_numbers(axes.yaxis)
     if panel.kind == "share" and values:
@@ -191,7 +191,7 @@ def mean_curve(runs: Sequence[Mapping[int, float]], log: bool, smooth: bool) -> 
     pairs = [mean_and_error(column) for column in columns]
     means, errors = [mean for mean, _ in pairs], [error or 0.0 for _, error in pairs]
     if smooth and len(iterations) >= plots.SMOOTH_FROM:
-        means, errors = (plots._running_mean(values, len(iterations) // 40) for values in (means, errors))
+        means, errors = (plots.running_mean(values, len(iterations) // 40) for values in (means, errors))
     low, high = ([mean + sign * error for mean, error in zip(means, errors, strict=True)] for sign in (-1, 1))
     return Curve(iterations, *[[back(value) for value in values] for values in (means, low, high)])
 

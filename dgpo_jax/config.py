@@ -155,13 +155,16 @@ class RewardConfig:
         require(self.memory_mb >= 256, "reward.memory_mb", self.memory_mb, "SymPy alone needs about 100", "give at least 256")
 
 
+MethodName = Literal[
+    "dgpo", "gppo", "ce_gppo", "cispo", "cispo_one_sided", "aspo", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "gmpo", "reinforce"
+]
+
+
 @dataclass(frozen=True)
 class LossConfig:
     """The policy loss. A setting left at None takes the method's published value, printed at the start."""
 
-    method: Literal[
-        "dgpo", "gppo", "ce_gppo", "cispo", "cispo_one_sided", "aspo", "grpo", "dr_grpo", "dapo", "gspo", "sapo", "gmpo", "reinforce"
-    ] = "dgpo"  # see docs/methods.md; dapo and dr_grpo also set sampling, advantage and aggregation
+    method: MethodName = "dgpo"  # see docs/methods.md; dapo and dr_grpo also set sampling, advantage and aggregation
     clip_low: float | None = None  # the ratio's trust region starts at 1 - clip_low; 1 = no lower bound; gmpo: of the log-ratio
     clip_high: float | None = None  # and ends at 1 + clip_high
     n: float | None = None  # dgpo: how fast weights decay below the region
@@ -221,9 +224,9 @@ class CorrectionConfig:
 
     weights: Literal["none", "token", "sequence"] = "none"  # importance weights trainer / sampler: of each token, or of the whole response
     cap: float = 2.0  # largest importance weight
-    reject: Literal["none", "token", "sequence", "geometric"] = "none"  # leave out tokens, or responses by their product or geometric mean, whose ratio trainer / sampler is outside of
-    low: float = 0.5  # this
-    high: float = 2.0  # and this
+    reject: Literal["none", "token", "sequence", "geometric"] = "none"  # leave out tokens, or responses by the product or geometric mean of theirs, whose ratio trainer / sampler is outside low to high
+    low: float = 0.5  # smallest ratio that reject lets through
+    high: float = 2.0  # largest ratio that reject lets through
 
     def __post_init__(self):
         require(self.cap > 0, "correction.cap", self.cap, "it bounds a ratio", "give more than 0")

@@ -16,19 +16,17 @@ def print_plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, ob
         chosen: settings left open in the config, with the values that the method was published with.
     """
     say(f"dgpo_jax: {config.name} in {workdir}")
-    rows = plan(config, parts)
+    rows = plan(config, parts, chosen)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         say(f"  {name:<{width}}  {value}")
-    if chosen:
-        say(f"as {config.loss.method} was published: " + ", ".join(f"{name} {value}" for name, value in chosen.items()))
     problem = parts.stream.take(0, 1)[0]
     say(f"first prompt, answer {problem.answer!r}:")
     say("  | " + parts.template.render(problem.problem, parts.tokenizer).rstrip("\n").replace("\n", "\n  | "))
 
 
-def plan(config: Config, parts: Parts) -> list[tuple[str, str]]:
-    """(name, value) of everything derived; sizes in tokens unless they say otherwise."""
+def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[str, str]]:
+    """(name, value) of everything derived; sizes in tokens unless they say otherwise. Arguments as in `print_plan`."""
     rollout, update, model = config.rollout, config.update, parts.model.config
     responses = rollout.prompts * rollout.group_size
     rows = update.tokens_per_device // update.tokens_per_row
@@ -43,6 +41,8 @@ def plan(config: Config, parts: Parts) -> list[tuple[str, str]]:
                   f" computing in {parts.model.compute_dtype.name}"),
         ("problems", f"{len(parts.stream.problems)} to learn from{dropped}, {len(parts.held_out)} held out"),
         ("method", f"{config.loss.method} ({settings})" if settings else config.loss.method),
+        ("recipe", recipe_line(config)),
+        ("left open", f"{', '.join(chosen)}; the method's own values" if chosen else "nothing"),
         ("an iteration", f"{rollout.prompts} prompts x {rollout.group_size} samples = {responses} responses"
                          f" of up to {rollout.max_response}, then {update.updates} updates"),
         ("an update", f"{rollout.prompts // update.updates} groups = {responses // update.updates} responses"),
@@ -50,6 +50,24 @@ def plan(config: Config, parts: Parts) -> list[tuple[str, str]]:
         ("the run", f"{config.sft.updates} supervised updates, then {config.iterations} iterations"),
         ("memory", memory_line(config, parts)),
     ]  # fmt: skip
+
+
+def recipe_line(config: Config) -> str:
+    """What surrounds the method's rule: how advantages and the loss are formed, and whatever else is switched on."""
+    loss, rollout, reward, kl, correction = config.loss, config.rollout, config.reward, config.kl, config.correction
+    corrections = [name for name in (correction.weights, correction.reject) if name != "none"]
+    switched_on = {
+        f"dynamic sampling, at most {rollout.max_draws} draws": rollout.dynamic_sampling,
+        f"{rollout.staleness} iterations stale": rollout.staleness,
+        f"overlong penalty over the last {reward.overlong_buffer} tokens": reward.overlong_buffer,
+        f"truncated responses: {reward.truncated}": reward.truncated != "keep",
+        f"supervised {loss.supervised:g}": loss.supervised,
+        f"entropy bonus {loss.entropy:g}": loss.entropy,
+        f"KL {kl.estimator} {kl.coefficient:g} in the {kl.place}": kl.coefficient,
+        f"sampler corrected by {' and '.join(corrections)}": corrections,
+        f"old log-probabilities of the {config.update.old_logprobs}": config.update.old_logprobs != "trainer",
+    }
+    return ", ".join([f"{loss.advantage} advantages", loss.aggregation, *(text for text, on in switched_on.items() if on)])
 
 
 def memory_line(config: Config, parts: Parts) -> str:
@@ -62,8 +80,9 @@ def memory_line(config: Config, parts: Parts) -> str:
     rows = rollout.prompts * rollout.group_size / parts.replicas
     slots = rollout.max_prompt + rollout.max_response
     heads = model.key_heads / parts.mesh.shape["tensor"]
+    reference = bytes_per_number * parameter_count(model) / split if config.kl.coefficient else 0
     cache = 2 * bytes_per_number * model.layers * rows * slots * heads * model.head_width
     return (
         f"per device {state / 2**30:.2f} GiB training state, {decode / 2**30:.2f} GiB decoding weights,"
-        f" {cache / 2**30:.2f} GiB cache"
+        f" {cache / 2**30:.2f} GiB cache" + (f", {reference / 2**30:.2f} GiB reference" if reference else "")
     )

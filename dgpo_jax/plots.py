@@ -70,7 +70,7 @@ def _draw(axes: Any, panel: Panel, rows: list[dict]) -> None:
     else:
         for key, colour in zip(keys, COLOURS * len(keys), strict=False):
             _draw_curve(axes, key, colour, rows)
-    _dress(axes, panel, many=len(keys) > 1, log=panel.kind == "log" and _spans_decades(keys, rows))
+    dress(axes, panel, many=len(keys) > 1, log=panel.kind == "log" and _spans_decades(keys, rows))
 
 
 def _draw_curve(axes: Any, key: str, colour: str, rows: list[dict]) -> None:
@@ -83,7 +83,7 @@ def _draw_curve(axes: Any, key: str, colour: str, rows: list[dict]) -> None:
         )
         return
     axes.plot(iterations, values, color=colour, linewidth=0.8, alpha=0.3)
-    axes.plot(iterations, _running_mean(values, len(values) // 40), color=colour, linewidth=2.0, label=key)
+    axes.plot(iterations, running_mean(values, len(values) // 40), color=colour, linewidth=2.0, label=key)
 
 
 def _draw_stacked(axes: Any, keys: list[str], rows: list[dict]) -> None:
@@ -99,7 +99,7 @@ def _draw_stacked(axes: Any, keys: list[str], rows: list[dict]) -> None:
         bottom = [low + height for low, height in zip(bottom, layer, strict=True)]
 
 
-def _dress(axes: Any, panel: Panel, many: bool, log: bool) -> None:
+def dress(axes: Any, panel: Panel, many: bool, log: bool) -> None:
     """Titles, grid, ticks and limits."""
     from matplotlib.ticker import MaxNLocator
 
@@ -144,7 +144,7 @@ def _spans_decades(keys: list[str], rows: list[dict]) -> bool:
     return bool(values) and min(values) > 0 and max(values) > 20 * min(values)
 
 
-def _running_mean(values: list[float], width: int) -> list[float]:
+def running_mean(values: list[float], width: int) -> list[float]:
     """Mean of the finite values among the `width` before and after each, so that the curve does not lag."""
     windows = [values[max(0, i - width) : i + width + 1] for i in range(len(values))]
     finite = [[value for value in window if math.isfinite(value)] for window in windows]

@@ -28,12 +28,12 @@ def resolve(config: Config) -> Config:
     preset = PLAIN | PRESETS.get(check_method(method), {})
     names = METHODS[method].settings
     settings = resolve_settings(method, **{name: getattr(loss, name) for name in names})
+    aggregation = _or(loss.aggregation, METHODS[method].aggregation)
+    scale = rollout.max_response if aggregation == "seq-mean-token-sum-norm" else None
     return replace(
         config,
         loss=replace(
-            loss, **settings,
-            aggregation=_or(loss.aggregation, METHODS[method].aggregation),
-            aggregation_scale=_or(loss.aggregation_scale, rollout.max_response),
+            loss, **settings, aggregation=aggregation, aggregation_scale=_or(loss.aggregation_scale, scale),
             advantage=_or(loss.advantage, preset["advantage"]),
         ),
         rollout=replace(rollout, dynamic_sampling=_or(rollout.dynamic_sampling, preset["dynamic_sampling"])),

@@ -14,6 +14,7 @@ import pytest
 
 from dgpo_jax import session, sft, train
 from dgpo_jax.models.hf import SINGLE
+from dgpo_jax.recipe import resolve
 
 ROOT = Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'tests/tiny_config.py'}"
@@ -88,9 +89,27 @@ def test_help_lists_the_settings_with_their_comments(module):
     ("--config.loss.method=ppo", ["'ppo'", "'dgpo'"]),
     ("--config.update.updates=3", ["update.updates is 3", "8 groups"]),
     ("--config.seed", ["--config.seed"]),  # no value at all
+    ("--config.kl.estimator=k1", ["kl.estimator is 'k1'", "use k2 or k3, or kl.place=reward"]),
+    ("--config.kl.place=rewards", ["'rewards'", "'loss', 'reward'"]),
+    ("--config.correction.low=2", ["correction.low", "around 1"]),
+    ("--config.loss.clip_low=2", ["loss.clip_low is 2.0", "0 to 1"]),
+    ("--config.loss.dual_clip=1.25", ["loss.dual_clip is 1.25", "raise it above 1 + clip_high"]),  # which is DGPO's 0.28
+    ("--config.reward.overlong_buffer=13", ["reward.overlong_buffer is 13", "at most 12 tokens"]),
+    ("--config.rollout.staleness=-1", ["rollout.staleness is -1", "0 to learn at once"]),
 ])  # fmt: skip
 def test_a_setting_that_cannot_be_is_refused(argument, expected, refuse):
     message = refuse(TINY, argument)
+    for text in expected:
+        assert text in message
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    (["--config.kl.estimator=k1", "--config.kl.place=reward", "--config.kl.coefficient=-1"], ["kl.coefficient is -1.0", "0 for off"]),
+    (["--config.update.old_logprobs=sampler", "--config.correction.weights=token"], ["update.old_logprobs is 'sampler'", "use trainer"]),
+    (["--config.loss.method=grpo", "--config.loss.dual_clip=1.2"], ["loss.dual_clip is 1.2"]),
+])  # fmt: skip
+def test_settings_that_do_not_go_together_are_refused(arguments, expected, refuse):
+    message = refuse(TINY, *arguments)
     for text in expected:
         assert text in message
 
@@ -174,12 +193,17 @@ def test_a_model_folder_without_config_is_refused(refuse, tmp_path):
 
 
 def test_a_workdir_that_holds_a_run_with_other_settings_is_refused(refuse, tmp_path):
-    record_run(tmp_path)
-    with open(tmp_path / "run/sft/metrics.jsonl", "w") as file:
-        file.write('{"update": 5}\n')
+    record_run(tmp_path, '{"update": 5}\n')
     message = refuse(TINY, "--config.seed=7")
-    assert "seed was 0 and is 7" in message and "Use another --workdir" in message
+    assert "other settings: seed was 0 and is 7. Use another --workdir" in message  # and nothing else has changed
     assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 0  # nor was its record touched
+
+
+def test_a_run_may_be_given_the_published_values_that_it_started_with_and_no_others(refuse, tmp_path):
+    record_run(tmp_path, '{"update": 5}\n')
+    published = "--config.loss.n=1.0", "--config.loss.clip_high=0.28", "--config.rollout.dynamic_sampling=False"
+    message = refuse(TINY, *published, "--config.loss.m=3.0")
+    assert "other settings: loss.m was 2.0 and is 3.0. Use another" in message
 
 
 def test_a_workdir_in_which_nothing_was_computed_may_be_used_with_other_settings(refuse, tmp_path):
@@ -189,11 +213,11 @@ def test_a_workdir_in_which_nothing_was_computed_may_be_used_with_other_settings
     assert json.loads((tmp_path / "run/config.json").read_text())["seed"] == 7
 
 
-def record_run(tmp_path):
+def record_run(tmp_path, metrics=""):
     config = session.parse_command([TINY], program="test", description="")[0]
-    session.claim_workdir(config, tmp_path / "run")
+    session.claim_workdir(resolve(config), tmp_path / "run")
     (tmp_path / "run/sft").mkdir()
-    (tmp_path / "run/sft/metrics.jsonl").touch()
+    (tmp_path / "run/sft/metrics.jsonl").write_text(metrics)
 
 
 def test_a_warm_start_on_problems_without_solutions_is_refused(refuse, tmp_path):

@@ -113,11 +113,66 @@ def test_what_is_read_back_is_bit_for_bit_what_was_saved(tmp_path):
     state, extra = make_state(), {"position": [3, 0.1], "settings": {"lr": 1e-6}, "note": "é"}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(12, state, extra)
-        iteration, restored, restored_extra = checkpoints.restore(make_abstract(state))
-    assert (iteration, restored_extra) == (12, extra)
+        restored = checkpoints.restore(make_abstract(state))
+    assert (restored.iteration, restored.extra, restored.host_arrays) == (12, extra, {})
     assert peek(tmp_path) == (12, extra)
-    assert jax.tree.structure(restored) == jax.tree.structure(state)
-    assert bits(restored) == bits(state)
+    assert jax.tree.structure(restored.state) == jax.tree.structure(state)
+    assert bits(restored.state) == bits(state)
+
+
+HOST_ARRAYS = {
+    "rollout.response": np.arange(6, dtype=np.int32).reshape(2, 3),  # names with a dot, as of experience
+    "rollout.response_mask": np.array([[True, True, False], [True, False, False]]),
+    "old_logprobs": np.array([[-0.0, np.nan, np.inf]], np.float32),
+    "nothing": np.zeros((0, 5), np.float32),
+}
+
+
+def test_arrays_of_the_host_are_read_back_bit_for_bit_and_only_where_some_were_saved(tmp_path):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        for iteration, host_arrays in ((1, HOST_ARRAYS), (2, None), (3, {})):
+            checkpoints.save(iteration, state, {}, host_arrays)
+            restored = checkpoints.restore(make_abstract(state))
+            assert restored.iteration == iteration and bits(restored.state) == bits(state)
+            assert restored.host_arrays.keys() == (host_arrays or {}).keys()
+            assert bits(restored.host_arrays) == bits(host_arrays or {})
+    assert "host.npz" not in names(tmp_path / "iteration_000002")
+
+
+def test_arrays_of_the_host_may_change_as_soon_as_save_returns(tmp_path):
+    state, array = make_state(), np.ones(100_000)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state, {}, {"array": array})
+        array[:] = 0
+        assert checkpoints.restore(make_abstract(state)).host_arrays["array"].all()
+
+
+def flip_a_byte_of_the_host_arrays(folder):
+    content = bytearray((folder / "host.npz").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "host.npz").write_bytes(content)
+
+
+def lose_the_host_arrays(folder):
+    (folder / "host.npz").unlink()
+
+
+@pytest.mark.parametrize("damage, reason", [
+    (flip_a_byte_of_the_host_arrays, "host.npz is damaged"),
+    (lose_the_host_arrays, "a file is missing"),  # not taken for a checkpoint that never had any
+])  # fmt: skip
+def test_a_checkpoint_whose_host_arrays_are_damaged_is_set_aside(tmp_path, caplog, damage, reason):
+    state = make_state()
+    with Checkpoints(tmp_path) as checkpoints:
+        for iteration in (1, 2):
+            checkpoints.save(iteration, state, {}, {"iteration": np.full(1000, iteration)})
+        checkpoints.wait()
+        damage(tmp_path / "iteration_000002")
+        restored = checkpoints.restore(make_abstract(state))
+    assert restored.iteration == 1 and (restored.host_arrays["iteration"] == 1).all()
+    assert names(tmp_path) == ["iteration_000001", "iteration_000002.bad"]
+    assert reason in caplog.text
 
 
 @pytest.mark.parametrize("fsdp, tensor", [(1, 1), (2, 4), (8, 1)])
@@ -126,7 +181,7 @@ def test_a_4x2_mesh_restores_onto_another_one(tmp_path, fsdp, tensor):
     target = make_abstract(state, make_sharding(fsdp, tensor))
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
-        _, restored, _ = checkpoints.restore(target)
+        restored = checkpoints.restore(target).state
     assert bits(restored) == bits(state)
     for leaf, wanted in zip(jax.tree.leaves(restored), jax.tree.leaves(target), strict=True):
         assert leaf.sharding == wanted.sharding
@@ -140,7 +195,7 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, state, {})
         jax.block_until_ready(overwrite(state))
-        _, restored, _ = checkpoints.restore(abstract)
+        restored = checkpoints.restore(abstract).state
     assert bits(restored) == bits(wanted)
 
 
@@ -174,17 +229,17 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_used(tmp_path, 
     older, newer = save_two(tmp_path)
     damage(tmp_path / "iteration_000002")
     with Checkpoints(tmp_path) as checkpoints:
-        iteration, restored, extra = checkpoints.restore(make_abstract(older))
-        assert (iteration, extra) == (1, {"position": 1})
-        assert bits(restored) == bits(older)
+        restored = checkpoints.restore(make_abstract(older))
+        assert (restored.iteration, restored.extra) == (1, {"position": 1})
+        assert bits(restored.state) == bits(older)
         assert names(tmp_path) == ["iteration_000001", "iteration_000002.bad"]
         assert reason in caplog.text
 
         # Iteration 2 comes round again: it must be written, though Orbax would skip a folder it has seen.
         checkpoints.save(2, newer, {"position": 2})
-        iteration, restored, _ = checkpoints.restore(make_abstract(older))
-    assert iteration == 2
-    assert bits(restored) == bits(newer)
+        restored = checkpoints.restore(make_abstract(older))
+    assert restored.iteration == 2
+    assert bits(restored.state) == bits(newer)
 
 
 def test_with_every_checkpoint_damaged_there_is_nothing_to_restore(tmp_path):
@@ -196,7 +251,7 @@ def test_with_every_checkpoint_damaged_there_is_nothing_to_restore(tmp_path):
         assert names(tmp_path) == ["iteration_000001.bad", "iteration_000002.bad"]
         checkpoints.save(1, state, {})
         checkpoints.wait()
-        assert checkpoints.restore(make_abstract(state))[0] == 1
+        assert checkpoints.restore(make_abstract(state)).iteration == 1
     # Of those set aside only the last stays once there is something new: they are as large as checkpoints.
     assert names(tmp_path) == ["iteration_000001", "iteration_000002.bad"]
 
@@ -228,7 +283,7 @@ def test_the_old_checkpoint_stays_until_the_new_one_is_complete(tmp_path, monkey
         assert peek(tmp_path) == (1, {"which": "first"})
         assert len(names(tmp_path)) == 2
         may_finish.set()
-        assert bits(checkpoints.restore(make_abstract(state))[1]) == bits(again)
+        assert bits(checkpoints.restore(make_abstract(state)).state) == bits(again)
     assert len(names(tmp_path)) == 1
 
 
@@ -294,7 +349,7 @@ def test_a_save_that_fails_in_the_background_is_reported_and_the_older_one_kept(
             checkpoints.save(2, state, {})
             with pytest.raises(RuntimeError, match="No space left"):
                 checkpoints.wait()
-        assert checkpoints.restore(make_abstract(state))[0] == 1
+        assert checkpoints.restore(make_abstract(state)).iteration == 1
         checkpoints.save(2, state, {})  # and the run can go on once there is space
     assert peek(tmp_path)[0] == 2
 
@@ -312,11 +367,15 @@ def test_every_name_of_a_checkpoint_is_durable_before_its_manifest_counts(tmp_pa
 SAVER = """
     import sys, time
     import jax.numpy as jnp
+    import numpy as np
     from dgpo_jax.checkpoint import Checkpoints
     first = int(sys.argv[2])
     with Checkpoints(sys.argv[1]) as checkpoints:
         for iteration in range(first, first + 1000):
-            checkpoints.save(iteration, {"weights": jnp.full((500_000,), float(iteration))}, {"iteration": iteration})
+            checkpoints.save(
+                iteration, {"weights": jnp.full((500_000,), float(iteration))}, {"iteration": iteration},
+                {"waiting": np.full(10_000, iteration)},
+            )
             print(iteration, flush=True)
 """
 
@@ -333,10 +392,11 @@ def test_a_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
             time.sleep(delay_s)
             process.send_signal(signal.SIGKILL)
         with Checkpoints(directory) as checkpoints:
-            iteration, state, extra = checkpoints.restore(abstract)
-        assert iteration == extra["iteration"] >= complete
-        assert bool((state["weights"] == iteration).all())
-        latest = iteration
+            restored = checkpoints.restore(abstract)
+        latest = restored.iteration
+        assert latest == restored.extra["iteration"] >= complete
+        assert bool((restored.state["weights"] == latest).all())
+        assert (restored.host_arrays["waiting"] == latest).all()
 
 
 def test_details_say_which_arrays_a_checkpoint_holds(tmp_path):

@@ -144,7 +144,7 @@ def test_the_measures_of_a_run():
         {"iteration": 3, "rollout/entropy": 0.25, "rollout/responses": 64.0, "eval/greedy": 0.5, "eval/avg@8": 0.25},
     ]  # fmt: skip
     assert summarise(rows) == {
-        "greedy": 0.5, "avg": 0.25, "best_avg": 0.5, "drop": 0.25, "entropy": 0.25, "ratio_max": 3.0,
+        "greedy": 0.5, "avg": 0.25, "mean_avg": 0.375, "best_avg": 0.5, "drop": 0.25, "entropy": 0.25, "ratio_max": 3.0,
         "grad_norm_max": 4.0, "responses": 96.0, "seconds": 3.5,
     }  # fmt: skip
     assert set(summarise([]).values()) == {None}
@@ -176,6 +176,9 @@ def test_the_table_has_means_errors_differences_and_who_is_missing():
     assert table["grpo"]["avg@4 - grpo"] == "-"
     # 60 - 50 and 70 - 40 of seeds 0 and 1: mean 20, variance 200, over 2.
     assert table["dgpo(n=2)"]["avg@4 - grpo"] == "+20.0 ± 10.0"
+    # Means after the start: 60 - 50, and 70 - 45.
+    assert table["dgpo(n=2)"]["mean - grpo"] == "+17.5 ± 7.5"
+    assert table["grpo"]["mean avg@4 %"] == "47.5 ± 2.5"
     assert table["reinforce"]["avg@4 %"] == "12.5"  # a single seed has no error
     assert table["reinforce"]["drop"] == "12.5"
     assert table["reinforce"]["avg@4 - grpo"] == "-37.5"

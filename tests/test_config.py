@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import typing
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 from dgpo_jax.config import (
     CheckpointConfig,
     Config,
+    CorrectionConfig,
     DataConfig,
     EvalConfig,
+    KlConfig,
     LossConfig,
     MeshConfig,
     ModelConfig,
@@ -26,13 +29,16 @@ from dgpo_jax.config import (
     load,
     to_json,
 )
+from dgpo_jax.rl.advantages import ESTIMATORS
+from dgpo_jax.rl.aggregation import MODES
+from dgpo_jax.rl.losses import METHODS
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
 SMOKE = f"--config={ROOT / 'configs/smoke.py'}"
 SECTIONS = (
-    ModelConfig, MeshConfig, DataConfig, RolloutConfig, RewardConfig, LossConfig, UpdateConfig, OptimizerConfig,
-    SftConfig, EvalConfig, CheckpointConfig,
+    ModelConfig, MeshConfig, DataConfig, RolloutConfig, RewardConfig, LossConfig, KlConfig, CorrectionConfig, UpdateConfig,
+    OptimizerConfig, SftConfig, EvalConfig, CheckpointConfig,
 )  # fmt: skip
 
 
@@ -80,6 +86,18 @@ def test_several_settings_of_all_types_are_changed_at_once():
     ("loss.n", "None", None),  # back to the method's own
     ("loss.dual_clip", "3.0", 3.0),
     ("loss.dual_clip", "None", None),
+    ("loss.clip_low", "None", None),
+    ("loss.clip_high", "0.3", 0.3),
+    ("loss.aggregation", "seq-mean-token-mean", "seq-mean-token-mean"),
+    ("loss.aggregation", "None", None),
+    ("loss.aggregation_scale", "4096", 4096),
+    ("loss.advantage", "reinforce_plus_plus", "reinforce_plus_plus"),
+    ("rollout.dynamic_sampling", "True", True),  # neither yes nor no is None
+    ("rollout.dynamic_sampling", "False", False),
+    ("rollout.dynamic_sampling", "None", None),
+    ("reward.overlong_buffer", "0", 0),  # off, whatever the method
+    ("reward.overlong_buffer", "None", None),
+    ("reward.no_think_end", "-0.5", -0.5),  # a minus sign is no option
     ("data.low", "3", 3),
     ("data.low", "None", None),
 ])  # fmt: skip
@@ -94,7 +112,10 @@ def test_a_setting_that_may_be_left_open_takes_a_number_or_none(name, text, expe
     ("--config.seed=abc", "--config.seed"),
     ("--config.seed=1.5", "--config.seed"),
     ("--config.model.qkv_bias=maybe", "--config.model.qkv-bias"),
-    ("--config.loss.method=ppo", "'dgpo', 'grpo', 'reinforce'"),  # what there is to choose from
+    ("--config.loss.method=ppo", ", ".join(map(repr, METHODS))),  # what there is to choose from
+    ("--config.loss.advantage=gae", "'rloo'"),
+    ("--config.rollout.dynamic_sampling=maybe", "--config.rollout.dynamic-sampling"),
+    ("--config.correction.weights=tokens", "'none', 'token', 'sequence'"),
     ("--config.model.dtype=float16", "'auto', 'float32', 'bfloat16'"),
 ])  # fmt: skip
 def test_a_value_of_the_wrong_type_is_refused_with_the_name_of_its_setting(argument, expected, capsys):
@@ -140,16 +161,38 @@ BROKEN = [
     (RolloutConfig, "rollout", "top_p", 0.0, "at most 1"),
     (RolloutConfig, "rollout", "top_p", 1.5, "at most 1"),
     (RolloutConfig, "rollout", "top_k", -1, "0 for off"),
+    (RolloutConfig, "rollout", "max_draws", 0, "at least 1"),
+    (RolloutConfig, "rollout", "staleness", -1, "0 to learn at once"),
     (RewardConfig, "reward", "correct", 0.0, "reward.incorrect"),  # no better than a wrong answer
+    (RewardConfig, "reward", "overlong_buffer", -1, "0 for no penalty"),
+    (RewardConfig, "reward", "overlong_penalty", -1.0, "0 or more"),  # it is taken off, so a negative one would reward
+    (RewardConfig, "reward", "overlong_penalty", float("nan"), "0 or more"),
     (RewardConfig, "reward", "workers", 0, "at least 1"),
     (RewardConfig, "reward", "deadline_s", 0.0, "more than 0"),
     (RewardConfig, "reward", "memory_mb", 100, "at least 256"),
-    (LossConfig, "loss", "clip_low", 1.0, "1 - clip_low"),
+    (LossConfig, "loss", "clip_low", 1.01, "1 - clip_low"),  # 1 is no lower bound, beyond it there is nothing
     (LossConfig, "loss", "clip_low", -0.1, "1 - clip_low"),
     (LossConfig, "loss", "clip_high", -0.1, "0 or more"),
     (LossConfig, "loss", "m", 0.5, "1 or more"),
     (LossConfig, "loss", "n", -1.5, "-1 or more"),
-    (LossConfig, "loss", "dual_clip", 1.2, "above 1 + clip_high"),  # inside the region, which ends at 1.28
+    (LossConfig, "loss", "dual_clip", 1.0, "above 1 + clip_high"),  # whatever clip_high is going to be
+    (LossConfig, "loss", "beta1", -0.1, "0 or more"),
+    (LossConfig, "loss", "beta2", -0.1, "0 or more"),
+    (LossConfig, "loss", "tau_pos", 0.0, "more than 0"),
+    (LossConfig, "loss", "tau_neg", -1.0, "more than 0"),
+    (LossConfig, "loss", "soft_clip", 0.5, "1 or more"),
+    (LossConfig, "loss", "aggregation_scale", 0, "at least 1"),
+    (LossConfig, "loss", "std_floor", -1e-6, "0 or more"),
+    (LossConfig, "loss", "supervised", -0.1, "0 or more"),
+    (LossConfig, "loss", "entropy", -0.1, "0 or more"),
+    (LossConfig, "loss", "entropy", float("nan"), "0 or more"),
+    (KlConfig, "kl", "coefficient", -0.1, "0 for off"),
+    (KlConfig, "kl", "estimator", "k1", "kl.place=reward"),  # in the loss, where it is by default
+    (CorrectionConfig, "correction", "cap", 0.0, "more than 0"),
+    (CorrectionConfig, "correction", "low", 1.0, "around 1"),  # would leave out what needs no correction
+    (CorrectionConfig, "correction", "low", -0.1, "around 1"),
+    (CorrectionConfig, "correction", "high", 1.0, "around 1"),
+    (CorrectionConfig, "correction", "high", float("nan"), "around 1"),
     (UpdateConfig, "update", "updates", 0, "at least 1"),
     (UpdateConfig, "update", "tokens_per_row", 0, "at least 1"),
     (UpdateConfig, "update", "tokens_per_device", 0, "multiple"),
@@ -183,9 +226,66 @@ def test_a_setting_that_breaks_its_rule_is_refused_with_value_and_fix(section, n
     with pytest.raises(ValueError) as refusal:
         section(**{setting: value})
     message = str(refusal.value)
-    # Rules of the whole mesh name the mesh; all others name the setting.
-    assert message.startswith(name if name == "mesh" else f"{name}.{setting} is {value!r}")
+    # Rules of the whole mesh name the mesh, that of the interval both its ends; all others name the setting.
+    several = {"mesh": "mesh is (", "correction": "correction.low, correction.high is ("}
+    together = name == "mesh" or setting in ("low", "high")
+    assert message.startswith(several[name] if together else f"{name}.{setting} is {value!r}") and repr(value) in message
     assert expected in message and "\n" not in message
+
+
+def test_what_is_left_open_breaks_no_rule():
+    loss = LossConfig()
+    left_open = {name for name, value in vars(loss).items() if value is None}
+    assert left_open == {
+        "clip_low", "clip_high", "n", "m", "beta1", "beta2", "tau_pos", "tau_neg", "soft_clip", "dual_clip", "aggregation",
+        "aggregation_scale", "advantage",
+    }  # fmt: skip
+    assert RolloutConfig().dynamic_sampling is None and RewardConfig().overlong_buffer is None
+    # What is off is off for every method, and not a method's own.
+    assert (loss.supervised, loss.entropy, KlConfig().coefficient) == (0, 0, 0)
+    assert (CorrectionConfig().weights, CorrectionConfig().reject, RewardConfig().truncated) == ("none", "none", "keep")
+
+
+@pytest.mark.parametrize("settings", [
+    {"clip_low": 1.0},  # no lower bound
+    {"clip_low": 0.0, "clip_high": 0.0},
+    {"clip_high": 0.28, "dual_clip": 1.29},
+    {"n": -1.0, "m": 1.0, "soft_clip": 1.0, "beta1": 0.0, "beta2": 0.0, "std_floor": 0.0},
+])  # fmt: skip
+def test_a_setting_may_be_at_the_edge_of_its_rule(settings):
+    assert LossConfig(**settings)
+
+
+def test_a_dual_clip_inside_the_region_is_refused():
+    with pytest.raises(ValueError, match=r"loss.dual_clip is 1.2, .* raise it above 1 \+ clip_high, or None"):
+        LossConfig(clip_high=0.28, dual_clip=1.2)
+
+
+def test_k1_is_for_the_reward():
+    assert KlConfig(estimator="k1", place="reward").estimator == "k1"
+
+
+def test_the_penalised_end_of_a_response_is_no_longer_than_a_response():
+    rollout = RolloutConfig(max_response=32)
+    assert Config(rollout=rollout, reward=RewardConfig(overlong_buffer=32))
+    with pytest.raises(ValueError, match=r"reward.overlong_buffer is 33, .* at most 32 tokens; give at most rollout.max_response"):
+        Config(rollout=rollout, reward=RewardConfig(overlong_buffer=33))
+
+
+@pytest.mark.parametrize("correction", [{"weights": "token"}, {"weights": "sequence"}, {"reject": "geometric"}])
+def test_a_correction_needs_the_trainers_log_probabilities(correction):
+    correction = CorrectionConfig(**correction)
+    assert Config(correction=correction)
+    with pytest.raises(ValueError, match=r"update.old_logprobs is 'sampler', .* use trainer, or no correction"):
+        Config(correction=correction, update=UpdateConfig(old_logprobs="sampler"))
+    assert Config(update=UpdateConfig(old_logprobs="sampler"))
+
+
+def test_the_choices_are_what_the_formulas_know():
+    choices = typing.get_type_hints(LossConfig)
+    assert typing.get_args(choices["method"]) == tuple(METHODS)
+    assert typing.get_args(typing.get_args(choices["aggregation"])[0]) == MODES
+    assert typing.get_args(typing.get_args(choices["advantage"])[0]) == tuple(ESTIMATORS)
 
 
 @pytest.mark.parametrize("setting, value, expected", [
@@ -216,6 +316,9 @@ def test_updates_must_divide_the_prompts():
     ("seed=1", False),
     ("model.width=64", False),
     ("sft.updates=3", False),
+    ("kl.coefficient=0.1", False),
+    ("correction.cap=3.0", False),
+    ("rollout.staleness=1", False),
     ("name=other", False),
     ("iterations=99", True),  # a run that is made longer goes on
     ("mesh.data=2", True),  # as one does on another machine
@@ -242,7 +345,7 @@ def test_fixed_settings_leave_out_only_what_may_change():
         "reward.deadline_s", "reward.memory_mb", "eval.every", "update.tokens_per_device", "data.data_dir", "data.manual_dir",
         "sft.checkpoint_every",
     }  # fmt: skip
-    assert fixed_settings(config)["loss.clip_low"] == 0.2
+    assert fixed_settings(config)["loss.method"] == "dgpo"
 
 
 def test_the_recorded_config_reads_back_to_the_same_settings():

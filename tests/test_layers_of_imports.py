@@ -13,15 +13,15 @@ PACKAGE = Path(__file__).parent.parent / "dgpo_jax"
 # nobody imports.
 FLOORS = [
     {"", "types", "config"},
-    {"sharding", "manifest"},
-    {"models", "checkpoint", "metrics", "plots"},
+    {"sharding", "manifest", "processes"},
+    {"models", "checkpoint", "metrics", "plots", "comparison", "comparison_plots"},
     {"rl", "rewards", "data"},
-    {"build", "rollout", "evaluation", "supervised", "learning", "plan", "session"},
+    {"recipe", "build", "rollout", "evaluation", "supervised", "learning", "collecting", "plan", "session", "methods", "comparison_plan"},
 ]
 STORIES = len(FLOORS)
 
 # Worker processes start in tens of milliseconds and hold no device: neither these nor what they import know of JAX.
-HOST = {"", "types", "config", "manifest", "metrics", "plots", "rewards", "data", "rl.advantages", "rl.packing"}
+HOST = {"", "types", "config", "manifest", "metrics", "plots", "comparison", "comparison_plots", "processes", "rewards", "data", "rl.advantages", "rl.aggregation", "rl.experience", "rl.kl", "rl.packing"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 # rl/ is handed a model as functions, rewards as numbers; its formulas take arrays and numbers, never a config.
@@ -29,6 +29,10 @@ FORBIDDEN = [
     ("rl", {"models", "rewards", "data"}),
     ("rl.losses", {"config"}),
     ("rl.advantages", {"config"}),
+    ("rl.aggregation", {"config"}),
+    ("rl.correction", {"config"}),
+    ("rl.experience", {"config"}),
+    ("rl.kl", {"config"}),
     ("rl.packing", {"config"}),
 ]
 
@@ -130,6 +134,8 @@ def test_imports_point_down_or_sideways_within_a_folder():
     ("train", "def f():\n    from dgpo_jax.sft import main", "train (floor 5) imports sft (floor 5)"),
     ("rewards.pool", "from dgpo_jax.data import problems", "rewards.pool (floor 3) imports data.problems (floor 3)"),
     ("metrics", "import jax.numpy as jnp", "metrics imports library jax"),
+    ("rl.experience", "from dgpo_jax.rl.losses import sequence_sum", "rl.experience imports rl.losses imports library jax"),
+    ("recipe", "from dgpo_jax.train import train", "recipe (floor 4) imports train (floor 5)"),
     ("rewards.math", "from dgpo_jax.sharding import to_host", "rewards.math imports sharding imports library jax"),
 ])
 def test_the_walk_sees_a_wrong_import_and_names_both(module, source, complaint):

@@ -5,14 +5,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_jax.rl.packing import Example, empty_batch, first_fit, pack, split_groups, to_examples
-from dgpo_jax.types import Prompts, Rollout
+from dgpo_jax.rl.packing import Example, Place, empty_batch, first_fit, lay_out, pack, split_groups, to_examples, unpack
+from dgpo_jax.types import Experience, Prompts, Rollout
+
+PER_RESPONSE = ("advantages", "weights", "supervised")  # fields of a batch that an Example gives as one number
 
 
-def example(prompt, response, advantage=1.0):
-    """Log-probabilities are minus the token, so that a test can see which token they came with."""
+def example(prompt, response, advantage=1.0, weight=0.5, supervised=0.25):
+    """Log-probabilities are minus the token, or minus ten times it, so that a test can see which token they came with."""
     response = np.array(response, np.int32)
-    return Example(np.array(prompt, np.int32), response, -response.astype(np.float32), advantage)
+    numbers = response.astype(np.float32)
+    return Example(np.array(prompt, np.int32), response, -numbers, -10 * numbers, advantage, weight, supervised)
 
 
 @pytest.mark.parametrize("lengths, expected", [
@@ -36,21 +39,54 @@ def test_a_sequence_longer_than_a_row_is_refused_with_the_setting_that_helps():
 
 def test_a_packed_row_by_hand():
     # The longer sequence (4) comes first, the other (3) behind it, one slot is left.
-    short, long = example([7], [8, 9], advantage=-0.5), example([1, 2], [3, 4], advantage=2.0)
+    short = example([7], [8, 9], advantage=-0.5, weight=0.125, supervised=0.0)
+    long = example([1, 2], [3, 4], advantage=2.0, weight=0.25, supervised=0.75)
     (batch,) = pack([short, long], rows=2, tokens_per_row=8, pad_id=99)
     np.testing.assert_array_equal(batch.tokens[0], [1, 2, 3, 4, 7, 8, 9, 99])
     np.testing.assert_array_equal(batch.segment[0], [1, 1, 1, 1, 2, 2, 2, 0])
     np.testing.assert_array_equal(batch.position[0], [0, 1, 2, 3, 0, 1, 2, 0])
     np.testing.assert_array_equal(batch.loss_mask[0], [0, 0, 1, 1, 0, 1, 1, 0])
-    np.testing.assert_array_equal(batch.old_logprobs[0], [0, 0, -3, -4, 0, -8, -9, 0])
+    np.testing.assert_array_equal(batch.sampler_logprobs[0], [0, 0, -3, -4, 0, -8, -9, 0])
+    np.testing.assert_array_equal(batch.old_logprobs[0], [0, 0, -30, -40, 0, -80, -90, 0])
     np.testing.assert_array_equal(batch.advantages[0], [0, 0, 2, 2, 0, -0.5, -0.5, 0])
+    np.testing.assert_array_equal(batch.weights[0], [0, 0, 0.25, 0.25, 0, 0.125, 0.125, 0])
+    np.testing.assert_array_equal(batch.supervised[0], [0, 0, 0.75, 0.75, 0, 0, 0, 0])
+    assert not batch.ref_logprobs.any()  # for the device to fill in
     for filled, empty in zip(batch, empty_batch(2, 8, 99), strict=True):
         np.testing.assert_array_equal(filled[1], empty[1])
         assert filled.dtype == empty.dtype and filled.shape == (2, 8)
 
 
+def test_an_empty_batch_has_every_field_in_its_dtype():
+    dtypes = {name: array.dtype for name, array in empty_batch(1, 4)._asdict().items()}
+    integers = dict.fromkeys(("tokens", "segment", "position"), np.int32)
+    floats = ("sampler_logprobs", "old_logprobs", "ref_logprobs", *PER_RESPONSE)
+    assert dtypes == integers | {"loss_mask": bool} | dict.fromkeys(floats, np.float32)
+
+
+def test_a_number_stands_for_every_token_also_of_log_probabilities():
+    # As the warm start gives them, which has no sampler; NaN is one that the trainer has yet to compute.
+    (batch,) = pack([example([1], [2, 3])._replace(sampler_logprobs=0.0, old_logprobs=np.nan)], rows=1, tokens_per_row=4)
+    np.testing.assert_array_equal(batch.sampler_logprobs, [[0, 0, 0, 0]])
+    np.testing.assert_array_equal(batch.old_logprobs, [[0, np.nan, np.nan, 0]])
+
+
+def test_places_by_hand():
+    # Rows of 5: the 5 alone, then 4 + 1, then 3 + 2; two rows a microbatch, so that the third row begins the second.
+    places = lay_out([3, 1, 5, 2, 4], rows=2, tokens_per_row=5)
+    assert places == [
+        Place(batch=1, row=0, segment=1, start=0),
+        Place(batch=0, row=1, segment=2, start=4),
+        Place(batch=0, row=0, segment=1, start=0),
+        Place(batch=1, row=0, segment=2, start=3),
+        Place(batch=0, row=1, segment=1, start=0),
+    ]
+    assert lay_out([], rows=2, tokens_per_row=5) == []
+
+
 def test_no_examples_make_no_microbatch():
     assert pack([], rows=2, tokens_per_row=8) == []
+    assert unpack([], [], rows=2, tokens_per_row=8) == []
 
 
 def test_rows_beyond_one_microbatch_go_to_the_next_and_the_last_is_filled_up():
@@ -68,7 +104,8 @@ def test_every_token_lands_exactly_once(lengths, rows, tokens_per_row):
     next_token, examples = 1, []
     for prompt, response in lengths:  # every token of the whole batch is another number, the padding 0
         numbers = np.arange(next_token, next_token + prompt + response)
-        examples.append(example(numbers[:prompt], numbers[prompt:], advantage=float(len(examples) + 1)))
+        place = len(examples) + 1.0
+        examples.append(example(numbers[:prompt], numbers[prompt:], place, weight=place / 2, supervised=place / 4))
         next_token += prompt + response
     batches = pack(examples, rows=rows, tokens_per_row=tokens_per_row)
     found = []
@@ -77,16 +114,14 @@ def test_every_token_lands_exactly_once(lengths, rows, tokens_per_row):
         np.testing.assert_array_equal(batch.segment == 0, batch.tokens == 0)
         for row in range(rows):
             for segment in range(1, batch.segment[row].max() + 1):
-                found.append(unpack(batch, row, segment))
+                found.append(read_segment(batch, row, segment))
     assert len(found) == len(examples)
     for got, original in zip(sorted(found, key=lambda part: part.prompt[0]), examples, strict=True):
-        np.testing.assert_array_equal(got.prompt, original.prompt)
-        np.testing.assert_array_equal(got.response, original.response)
-        np.testing.assert_array_equal(got.logprobs, original.logprobs)
-        assert got.advantage == original.advantage
+        for ours, expected in zip(got, original, strict=True):
+            np.testing.assert_array_equal(ours, expected)
 
 
-def unpack(batch, row, segment):
+def read_segment(batch, row, segment):
     """The Example in one segment, read back by the masks alone; checks that positions count from 0 without a gap."""
     slots = np.flatnonzero(batch.segment[row] == segment)
     np.testing.assert_array_equal(slots, np.arange(slots[0], slots[0] + len(slots)))
@@ -94,26 +129,67 @@ def unpack(batch, row, segment):
     learned = slots[batch.loss_mask[row, slots]]
     prompt = slots[~batch.loss_mask[row, slots]]
     assert prompt.max() < learned.min()
-    (advantage,) = set(batch.advantages[row, learned].tolist())
-    return Example(batch.tokens[row, prompt], batch.tokens[row, learned], batch.old_logprobs[row, learned], advantage)
+    numbers = [set(getattr(batch, name)[row, learned].tolist()) for name in PER_RESPONSE]
+    assert [len(values) for values in numbers] == [1, 1, 1]  # the same at every token
+    return Example(
+        batch.tokens[row, prompt], batch.tokens[row, learned], batch.sampler_logprobs[row, learned],
+        batch.old_logprobs[row, learned], *(values.pop() for values in numbers),
+    )  # fmt: skip
 
 
-def test_the_padding_of_a_rollout_is_cut_off():
+@settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 4), st.integers(13, 20))
+def test_unpack_gives_back_what_pack_put_there(lengths, rows, tokens_per_row):
+    # Every array of the batch, read back in the order of the examples, whatever rows they went to.
+    examples = [
+        example(range(100, 100 + prompt), range(10 * number, 10 * number + response), advantage=float(number))
+        for number, (prompt, response) in enumerate(lengths, start=1)
+    ]
+    shape = {"rows": rows, "tokens_per_row": tokens_per_row}
+    batches = pack(examples, **shape)
+    for field, of_example in (("tokens", "response"), ("sampler_logprobs", "sampler_logprobs"), ("old_logprobs", "old_logprobs")):
+        found = unpack([getattr(batch, field) for batch in batches], examples, **shape)
+        assert len(found) == len(examples)
+        for ours, original in zip(found, examples, strict=True):
+            np.testing.assert_array_equal(ours, getattr(original, of_example))
+    for ours, original in zip(unpack([batch.advantages for batch in batches], examples, **shape), examples, strict=True):
+        np.testing.assert_array_equal(ours, [original.advantage] * len(original.response))
+
+
+def make_experience():
+    """Two groups of two; 9 is the stop token, and the old log-probabilities of the second group are yet to be computed."""
     prompts = Prompts(np.array([[0, 5], [6, 7]], np.int32), np.array([[False, True], [True, True]]))
     rollout = Rollout(
-        response=np.array([[1, 2, 3], [9, 0, 0], [4, 9, 0], [8, 8, 9]], np.int32),  # 9 is the stop token
+        response=np.array([[1, 2, 3], [9, 0, 0], [4, 9, 0], [8, 8, 9]], np.int32),
         response_mask=np.array([[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 1, 1]], bool),
         logprobs=-np.arange(12, dtype=np.float32).reshape(4, 3),
         truncated=np.array([True, False, False, False]),
     )
-    first, second = to_examples(prompts, rollout, np.array([0.1, 0.2, 0.3, 0.4], np.float32), [1, 2])
+    old_logprobs = np.where([[True], [True], [False], [False]], 10 * rollout.logprobs, np.nan).astype(np.float32)
+    correct, rewards = np.array([True, False, False, False]), np.array([1, 0, 0, 0], np.float32)
+    return Experience(prompts, rollout, old_logprobs, correct, rewards, np.array([1, 1], np.int32))
+
+
+def test_the_padding_of_a_rollout_is_cut_off():
+    advantages, weights, supervised = ([scale * row for row in range(4)] for scale in (0.5, 0.25, 0.125))
+    first, second = to_examples(make_experience(), [1, 2], advantages, weights, supervised)
     # Row 1 is sample 1 of prompt 0: the stop token came first, so that the response is that token alone.
     np.testing.assert_array_equal(np.concatenate([first.prompt, first.response]), [5, 9])
-    np.testing.assert_array_equal(first.logprobs, [-3])
-    assert first.advantage == pytest.approx(0.2)
+    np.testing.assert_array_equal(first.sampler_logprobs, [-3])
+    np.testing.assert_array_equal(first.old_logprobs, [-30])
+    assert first[4:] == (0.5, 0.25, 0.125)
     # Row 2 is sample 0 of prompt 1.
     np.testing.assert_array_equal(np.concatenate([second.prompt, second.response]), [6, 7, 4, 9])
-    np.testing.assert_array_equal(second.logprobs, [-6, -7])
+    np.testing.assert_array_equal(second.sampler_logprobs, [-6, -7])
+    np.testing.assert_array_equal(second.old_logprobs, [np.nan, np.nan])
+    assert second[4:] == (1.0, 0.5, 0.25)
+
+
+def test_examples_come_in_the_order_asked_for():
+    numbers = np.arange(4.0)
+    examples = to_examples(make_experience(), [3, 0, 2], numbers, numbers, numbers)
+    assert [one.advantage for one in examples] == [3, 0, 2]
+    assert to_examples(make_experience(), [], numbers, numbers, numbers) == []
 
 
 def test_a_response_of_one_token_is_learned_from():

@@ -136,6 +136,26 @@ def test_a_chat_template_that_opens_think_is_neither_doubled_nor_lost(make_folde
         assert tokenizer.decode(response, skip_special=True) == "add</think>17"
 
 
+@pytest.mark.parametrize("template, opening", [
+    (Template("{problem}<think>\n"), "<think>"),  # as R1-Distill's chat template ends
+    (Template("{problem}<think>"), "<think>"),
+    (Template("{problem}<think>\n \n"), "<think>"),  # blanks behind it do not close it
+    (Template("{problem}"), ""),
+    (Template("plain"), ""),
+    (Template(), ""),
+    (Template("think in <think> tags: {problem}"), ""),  # spoken of, not opened
+    (Template("{problem}<think></think>\n"), ""),  # opened and closed again
+])  # fmt: skip
+def test_an_opening_is_what_the_prompt_has_begun_of_the_response(words, template, opening):
+    assert template.opening(SUM.problem, words) == opening
+
+
+def test_a_chat_template_has_an_opening_too_and_a_problem_about_tags_has_none(words, make_folder):
+    opens = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
+    assert Template().opening("sum?", make_folder(chat_template=opens)) == "<think>"
+    assert Template().opening("what does this mean: <think>", words) == ""  # the turn marker comes after it
+
+
 def test_a_tokenizer_without_chat_template_says_what_to_use(make_folder):
     tokenizer = make_folder()
     tokenizer.inner.chat_template = None

@@ -4,11 +4,14 @@ import json
 from dataclasses import replace
 
 import jax
+import numpy as np
 import pytest
 from tiny_config import get_config
 
 from dgpo_jax.build import build_parts
-from dgpo_jax.supervised import solved_problems
+from dgpo_jax.rl.update import Programs
+from dgpo_jax.sharding import to_host
+from dgpo_jax.supervised import solved_problems, supervised_update
 
 
 @pytest.mark.parametrize("sft_data", [False, True])  # True: named in sft.data; False: left to data.train
@@ -23,3 +26,28 @@ def test_a_prompt_that_is_too_long_is_dropped_from_the_warm_start_too(tmp_path, 
     )  # fmt: skip
     stream = solved_problems(config, build_parts(config))
     assert {problem.id for problem in stream.take(0, 6)} == {"short"}
+
+
+def test_the_loss_is_the_mean_over_all_solution_tokens_of_the_minibatch():
+    config = get_config()
+    config = replace(config, update=replace(config.update, tokens_per_device=64))
+    parts, batches = build_parts(config), []
+    stream = solved_problems(config, parts)
+    programs = Programs(
+        score=None, complete=None, zero=lambda params: ([], None), apply=lambda state, gradients, rate: (state, None),
+        accumulate=lambda params, carry, batch: batches.append(to_host(batch)) or carry,
+    )  # fmt: skip
+    state = type("State", (), {"params": None})
+    for update in (0, 1):
+        supervised_update(config, parts, programs, stream, state, update)
+        solutions = [
+            [*parts.tokenizer.encode(problem.solution), parts.tokenizer.turn_end]
+            for problem in stream.take(update * config.sft.examples, config.sft.examples)
+        ]
+        learned = np.concatenate([batch.tokens[batch.loss_mask] for batch in batches])
+        assert sorted(learned.tolist()) == sorted(token for solution in solutions for token in solution)
+        weights = np.concatenate([batch.weights[batch.loss_mask] for batch in batches])
+        np.testing.assert_allclose(weights, 1 / len(learned), rtol=1e-6)
+        # As a policy update with every advantage 1, and not as its supervised term, which would count twice.
+        assert all((batch.advantages == batch.loss_mask).all() and not batch.supervised.any() for batch in batches)
+        batches.clear()

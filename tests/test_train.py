@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgpo_jax import evaluation, train
+from dgpo_jax import collecting, evaluation, train
 from dgpo_jax.build import abstract_state, build_parts
 from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.config import MeshConfig, load
 from dgpo_jax.metrics import read_metrics
+from dgpo_jax.recipe import resolve
 from dgpo_jax.sharding import to_host
 
 ROOT = Path(__file__).parent.parent
@@ -86,11 +87,16 @@ def test_a_run_leaves_all_its_files(undisturbed):
     # Before the first iteration, every second, and after the last.
     assert names(undisturbed / "eval") == [f"iteration_{number:06d}.jsonl" for number in (0, 2, 4, 5)]
     assert names(undisturbed / "checkpoints") == ["iteration_000004", "iteration_000005"]  # keep is 2
-    assert peek(undisturbed / "checkpoints") == (5, {"skipped_in_a_row": 0})
+    assert peek(undisturbed / "checkpoints") == (5, {"skipped_in_a_row": 0, "position": 5 * 8})
+    # No group waits to be learned from.
+    assert names(undisturbed / "checkpoints/iteration_000005") == ["details.json", "manifest.json", "state"]
     assert (undisturbed / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len(list(undisturbed.glob("tensorboard/events.out.tfevents.*"))) == 1
     assert len(list(undisturbed.glob("sft/tensorboard/events.out.tfevents.*"))) == 1
-    assert json.loads((undisturbed / "config.json").read_text())["model"]["width"] == 32
+    recorded = json.loads((undisturbed / "config.json").read_text())
+    assert recorded["model"]["width"] == 32
+    # What was left open is recorded as what was run.
+    assert (recorded["loss"]["clip_high"], recorded["rollout"]["dynamic_sampling"]) == (0.28, False)
 
 
 def names(folder):
@@ -103,7 +109,8 @@ def texts(path):
 
 def test_a_run_tells_its_story(undisturbed, folder):
     output = (folder / "undisturbed.log").read_text()
-    for text in ("1 x cpu", "8 prompts x 4 samples = 32 responses", "first prompt, answer", "supervised warm start: 60",
+    for text in ("1 x cpu", "8 prompts x 4 samples = 32 responses", "dgpo (clip_low 0.2, clip_high 0.28,",
+                 "grpo advantages, token-mean", "loss.clip_low, loss.clip_high,", "first prompt, answer", "supervised warm start: 60",
                  "curves.png", "metrics.jsonl", "checkpoints/"):  # fmt: skip
         assert text in output
 
@@ -113,6 +120,8 @@ def test_every_response_is_written_with_its_verdict_and_reward(undisturbed):
     for iteration in range(1, LAST + 1):
         rows = texts(undisturbed / f"rollouts/iteration_{iteration:06d}.jsonl")
         assert [row["sample"] for row in rows] == [0, 1, 2, 3] * 8
+        assert {row["draw"] for row in rows} == {0} and metrics[iteration]["rollout/draws"] == 1
+        assert metrics[iteration]["data/position"] == 8 * iteration
         assert all(row["reward"] == (row["verdict"] == "correct") for row in rows)
         # f32 and f64 means of 32 zeros and ones are both exact.
         assert np.mean([row["reward"] for row in rows]) == metrics[iteration]["reward/mean"]
@@ -193,9 +202,9 @@ def assert_same_state(workdir, other):
     states = []
     for folder in (workdir, other):
         with Checkpoints(folder / "checkpoints") as checkpoints:
-            iteration, state, _ = checkpoints.restore(target)
-        assert iteration == LAST
-        states.append(to_host(state))
+            restored = checkpoints.restore(target)
+        assert restored.iteration == LAST and restored.host_arrays == {}
+        states.append(to_host(restored.state))
     assert states[0].update == 5 * 2
     np.testing.assert_equal(states[0], states[1])
 
@@ -204,10 +213,11 @@ def test_a_finished_run_started_again_computes_nothing(undisturbed, tmp_path, mo
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     before = (workdir / "metrics.jsonl").read_bytes()
     monkeypatch.setattr(train, "build_programs", None)  # not even built
-    last = train.train(CONFIG, workdir)
-    assert "nothing to do: all 5 iterations" in capsys.readouterr().out
-    assert (workdir / "metrics.jsonl").read_bytes() == before
-    assert last["iteration"] == 5
+    for config in (CONFIG, resolve(CONFIG)):  # given the published values, it is the same run
+        last = train.train(config, workdir)
+        assert "nothing to do: all 5 iterations" in capsys.readouterr().out
+        assert (workdir / "metrics.jsonl").read_bytes() == before
+        assert last["iteration"] == 5
 
 
 @pytest.fixture
@@ -227,7 +237,7 @@ def compiled(monkeypatch):
 
     watch(train, "build_programs", lambda built: built._asdict())
     watch(train, "make_decode_params", lambda built: {"decode_params": built})
-    watch(train, "make_rollout", lambda built: {"sample": built.sample})
+    watch(collecting, "make_rollout", lambda built: {"sample": built.sample})
     watch(evaluation, "make_rollout", lambda built: {f"sample for evaluation {len(programs)}": built.sample})
     return programs
 
@@ -253,9 +263,11 @@ def test_eight_devices_go_on_with_a_run_of_one_and_do_the_same_with_programs_com
     assert (workdir / name).read_bytes() == (undisturbed / name).read_bytes()
     expected = {key: value for key, value in recorded(undisturbed / "metrics.jsonl")[5].items() if not key.startswith("eval/")}
     assert rows[5].keys() == expected.keys()
+    # Ratios lie close to the edges at 0.99 and 1.01: rounding may put one in a thousand across.
+    assert rows[5].pop("policy/ratio_histogram") == pytest.approx(expected.pop("policy/ratio_histogram"), abs=0.01)
     for key in expected.keys() - set(OF_THE_MESH):
         assert rows[5][key] == pytest.approx(expected[key], rel=2e-4, abs=1e-6), key
     assert rows[5]["gap/max"] < 1e-4 and rows[5]["policy/first_ratio_error"] < 1e-5
 
-    assert len(compiled) == 4 + 1 + 3  # the update's four programs, decode_params, three samplers
+    assert len(compiled) == 5 + 1 + 3  # the update's five programs, decode_params, three samplers
     assert {name: program._cache_size() for name, program in compiled.items()} == dict.fromkeys(compiled, 1)

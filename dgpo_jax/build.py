@@ -144,17 +144,20 @@ def abstract_state(parts: Parts) -> TrainState:
     )  # fmt: skip
 
 
-def build_state(config: Config, parts: Parts) -> TrainState:
-    """The state before the first update: weights from model.path or at random, moments 0.
+def build_params(config: Config, parts: Parts):
+    """Weights from model.path, or at random.
 
     Raises:
         ValueError: the folder's tensors are not those of the model.
     """
     if parts.folder:
-        params = load_parameters(parts.folder, parts.model.config, parts.mesh)
-    else:
-        params = parts.model.init(jax.random.key(config.seed))
-    return fresh_state(parts, params)
+        return load_parameters(parts.folder, parts.model.config, parts.mesh)
+    return parts.model.init(jax.random.key(config.seed))
+
+
+def build_state(config: Config, parts: Parts) -> TrainState:
+    """The state before the first update: `build_params`, moments 0."""
+    return fresh_state(parts, build_params(config, parts))
 
 
 def fresh_state(parts: Parts, params) -> TrainState:
@@ -172,10 +175,9 @@ def fresh_state(parts: Parts, params) -> TrainState:
 
 def build_programs(config: Config, parts: Parts) -> Programs:
     """The programs of a policy update; the config is resolved."""
-    in_loss = config.kl.place == "loss"
     loss = LossSettings(
         config.loss.method, method_settings(config), config.rollout.temperature, config.update.logprob_chunk,
-        kl=config.kl.coefficient if in_loss else 0.0, kl_estimator=config.kl.estimator, entropy=config.loss.entropy,
+        kl=config.kl.coefficient if config.kl.in_loss else 0.0, kl_estimator=config.kl.estimator, entropy=config.loss.entropy,
         correction=Correction(**asdict(config.correction)),
     )  # fmt: skip
     return make_programs(parts.model, parts.optimizer, loss, parts.shardings)

@@ -13,18 +13,18 @@ import numpy as np
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation import count_statuses
-from dgpo_jax.learning import in_baseline, score_responses
+from dgpo_jax.learning import in_baseline, sampled_gap, score_responses
 from dgpo_jax.metrics import MetricsWriter
 from dgpo_jax.rewards.pool import VerifierPool
 from dgpo_jax.rewards.shaping import format_reward, overlong_penalty
 from dgpo_jax.rl.advantages import alike
-from dgpo_jax.rl.experience import by_group, group_count, join, no_groups, select
+from dgpo_jax.rl.experience import by_group, group_count, join, newest, no_groups, select
 from dgpo_jax.rl.kl import kl_estimate
 from dgpo_jax.rl.sampler import TRAINING, Draw
 from dgpo_jax.rl.update import Programs
 from dgpo_jax.rollout import Responses, build_sampling, make_rollout, to_rows
 from dgpo_jax.session import Stopwatch
-from dgpo_jax.types import Experience, Verdict
+from dgpo_jax.types import Experience, Rollout, Verdict
 
 
 class Backlog(NamedTuple):
@@ -41,7 +41,7 @@ class Checked(NamedTuple):
     verdicts: Sequence[Verdict]  # B
     rewards: np.ndarray  # f32[B]
     correct: np.ndarray  # bool[B]; a right answer without the tags asked for is not, as it earns no more than others
-    kl_charge: float = 0.0  # what a KL in the reward took off, on average
+    mean_kl_charge: float = 0.0  # what a KL in the reward took off, on average
 
     def rows(self, number: int) -> list[dict]:
         """What is written to disk of it."""
@@ -62,12 +62,12 @@ def make_collect(
     killed and goes on takes the same.
 
     Args:
-        reference: params of the weights that the run started from; only for a KL in the reward.
+        reference: params of the weights that the run started from; read only by a KL in the reward.
     """
     settings = config.rollout
     sampling = build_sampling(parts, settings, group_size=settings.group_size, temperature=settings.temperature)
     rollout = make_rollout(parts, sampling, settings.max_prompt)
-    cap = settings.staleness + (settings.max_draws if settings.dynamic_sampling else 1)
+    wanted = settings.prompts * (1 + settings.staleness)
 
     def draw(params, weights, position: int, key: Draw, stopwatch: Stopwatch) -> Checked:
         with stopwatch("rollout"):
@@ -75,19 +75,20 @@ def make_collect(
         with stopwatch("verify"):
             verdicts = pool.score(responses.answers())
             checked = Checked(responses, verdicts, *to_rewards(config, responses, verdicts))
-        if reference is None:
+        if not config.kl.in_reward:
             return checked
         with stopwatch("update"):  # forward passes like those before an update
             experience = to_experience(config, checked, key.iteration)
             charge = kl_charge(config, parts, programs, params, reference, experience)
-        return checked._replace(rewards=checked.rewards - charge, kl_charge=float(charge.mean()))
+        return checked._replace(rewards=checked.rewards - charge, mean_kl_charge=float(charge.mean()))
 
     def collect(params, backlog: Backlog, iteration: int, stopwatch: Stopwatch):
         position, waiting = backlog
         weights = decode_params(params)
         draws: list[Checked] = []
         unused = nothing_drawn(config).waiting
-        while group_count(waiting) < settings.prompts * (1 + settings.staleness) and len(draws) < cap:
+        cap = -(-(wanted - group_count(waiting)) // settings.prompts) * (settings.max_draws if settings.dynamic_sampling else 1)
+        while group_count(waiting) < wanted and len(draws) < cap:
             key = Draw(config.seed, TRAINING, iteration, len(draws) * settings.prompts)
             draws.append(draw(params, weights, position, key, stopwatch))
             position += settings.prompts
@@ -96,16 +97,20 @@ def make_collect(
             if settings.dynamic_sampling:
                 teaching = ~alike(by_group(experience, experience.correct), in_baseline(config, experience))
             waiting = join(waiting, select(experience, np.flatnonzero(teaching)))
-            unused = join(unused, select(experience, np.flatnonzero(~teaching)))
+            unused = newest(join(unused, select(experience, np.flatnonzero(~teaching))), settings.prompts)
+        gap = {}
+        if config.update.old_logprobs == "sampler":  # nothing else will tell how far it is from the trainer
+            with stopwatch("update"):
+                gap = sampled_gap(config, parts, programs, params, experience)
         del weights  # the copy for decoding would otherwise live through the updates
         writer.write_rollouts(iteration, [row for number, checked in enumerate(draws) for row in checked.rows(number)])
 
         # Every update has its share of Q groups: at the cap, those without right and wrong answers fill up.
         missing = max(0, settings.prompts - group_count(waiting))
-        waiting = join(waiting, select(unused, range(group_count(unused) - missing, group_count(unused))))
+        waiting = join(waiting, newest(unused, missing))
         chosen = select(waiting, range(settings.prompts))
         backlog = Backlog(position, select(waiting, range(settings.prompts, group_count(waiting))))
-        return chosen, backlog, draw_metrics(config, draws) | {
+        return chosen, backlog, draw_metrics(config, draws) | gap | {
             "data/position": position,
             "rollout/draws": len(draws),
             "rollout/groups_filled_up": missing,
@@ -165,15 +170,23 @@ def kl_charge(config: Config, parts: Parts, programs: Programs, params, referenc
 
 
 def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:
-    """Figures of all that was sampled in an iteration, whether learned from or not; none of no draw."""
-    if not draws:
-        return {"rollout/responses": 0.0, "rollout/tokens": 0.0}
+    """Figures of all that was sampled in an iteration, whether learned from or not."""
+
+    def grouped(per_response: np.ndarray) -> np.ndarray:
+        return per_response.reshape(-1, config.rollout.group_size)
+
+    def counted(rollout: Rollout) -> np.ndarray:
+        return grouped(~(rollout.truncated & (config.reward.truncated == "drop")))
+
     length = np.concatenate([checked.responses.lengths for checked in draws])
-    correct = np.concatenate([checked.correct.reshape(-1, config.rollout.group_size) for checked in draws])
+    correct = np.concatenate([grouped(checked.correct) for checked in draws])
     rollouts = [checked.responses.rollout for checked in draws]
     logprobs = sum(rollout.logprobs[rollout.response_mask].sum(dtype=np.float64) for rollout in rollouts)
     figures = {
         "reward/mean": float(np.mean([checked.rewards for checked in draws])),
+        "reward/groups_alike": float(
+            np.mean([alike(grouped(checked.rewards), counted(checked.responses.rollout)) for checked in draws])
+        ),
         "reward/groups_all_right": float(correct.all(axis=1).mean()),
         "reward/groups_all_wrong": float((~correct).all(axis=1).mean()),
         "rollout/responses": float(len(length)),
@@ -185,8 +198,8 @@ def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:
         # Of all responses, in nats per token; policy/entropy is of those learned from.
         "rollout/entropy": float(-logprobs / length.sum()),
     }
-    if config.kl.coefficient and config.kl.place == "reward":
-        figures["reward/kl"] = float(np.mean([checked.kl_charge for checked in draws]))
+    if config.kl.in_reward:
+        figures["reward/kl"] = float(np.mean([checked.mean_kl_charge for checked in draws]))
     if config.reward.overlong_buffer:
         figures["reward/overlong"] = float(overlong_penalties(config, length).mean())
     if config.reward.no_think_end is not None or config.reward.no_think_start is not None:

@@ -1,9 +1,10 @@
-"""Several methods, several seeds, one budget: runs them all, and says which did best and how sure that is.
+"""Several methods, several seeds, one budget of iterations: runs them all, and says which did best and how sure that is.
 
     python -m dgpo_jax.compare --config=configs/smoke.py --methods='grpo,dgpo,dgpo(n=2,m=2)' --seeds=0,1,2
 
-A method may bring settings of the loss in parentheses (which the shell wants quoted); every other setting is the same for
-all. Each run is a process of its own, `python -m dgpo_jax.train`, so one that crashes or collapses is written down and the
+A method may bring settings of the loss in parentheses (which the shell wants quoted). What the command line gives is the same
+for all; what it leaves open is each method's own, and the table lists the settings that come to differ: `dapo` samples more
+responses than others unless --config.rollout.dynamic_sampling=False, and published bounds are not all the same. Each run is a process of its own, `python -m dgpo_jax.train`, so one that crashes or collapses is written down and the
 others go on. With --jobs=N, N of them run at a time, each on its share of the cores; on an accelerator leave it at 1.
 
 The same command goes on where it was stopped: finished runs are not started again, the others go on from their newest
@@ -177,7 +178,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
 def report(plan: Plan) -> list[Result]:
     """Writes the tables and figures, prints the table."""
     results = [find_result(plan, run) for run in plan.runs()]
-    table = make_table(results, f"{plan.config.name}, {plan.config.iterations} iterations")
+    table = make_table(results, f"{plan.config.name}, {plan.config.iterations} iterations", plan.differences())
     (plan.workdir / "table.md").write_text(table)
     (plan.workdir / "results.csv").write_text(to_csv(results))
     weights = [

@@ -104,8 +104,8 @@ def summarise(rows: Sequence[dict]) -> dict[str, float | None]:
         "greedy": last(values(GREEDY)),
         "avg": last(average),
         "mean_avg": sum(trained) / len(trained) if trained else None,
-        "best_avg": max(average, default=None),
-        "drop": max(average) - average[-1] if average else None,
+        "best_avg": max(trained, default=None),
+        "drop": max(trained) - trained[-1] if trained else None,
         "entropy": last(values(ENTROPY)),
         "ratio_max": max(values("policy/ratio_max"), default=None),
         "grad_norm_max": max(values(GRAD_NORM), default=None),
@@ -129,10 +129,13 @@ def paired_differences(values: dict[int, float], baseline: dict[int, float]) -> 
     return [values[seed] - baseline[seed] for seed in sorted(values.keys() & baseline.keys())]
 
 
-def make_table(results: Sequence[Result], title: str = "") -> str:
+def make_table(results: Sequence[Result], title: str = "", differences: Sequence[str] = ()) -> str:
     """Markdown, its columns aligned so that it can be read as it is: the table, what the words mean, who failed.
 
     One row per label, in the order of `results`; the first is what the others are compared with.
+
+    Args:
+        differences: settings in which the labels are not the same, a line each.
     """
     labels = list(dict.fromkeys(result.label for result in results))
     by_label = {label: [result for result in results if result.label == label] for label in labels}
@@ -151,9 +154,11 @@ def make_table(results: Sequence[Result], title: str = "") -> str:
         body.append([label, f"{len(finished)} of {len(by_label[label])}", *cells])
     parts = [f"# {title}\n"] if title else []
     parts += [_align([["method", "finished", *headers], *body]), definitions(average, labels[0])]
+    if differences:
+        parts.append("The methods' settings are the same but for:\n\n" + "".join(f"- {line}\n" for line in differences))
     missing = [_excuse(result) for result in results if not result.finished]
     if missing:
-        parts.append("Not in the means:\n\n" + "\n".join(missing) + "\n")
+        parts.append("Not in the means, which therefore flatter a method whose runs break down:\n\n" + "\n".join(missing) + "\n")
     return "\n".join(parts)
 
 

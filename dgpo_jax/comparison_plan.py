@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dgpo_jax.config import Config, default_workdir, parse_command
+from dgpo_jax.config import Config, default_workdir, flatten, parse_command
 from dgpo_jax.methods import MethodWord, parse_methods
+from dgpo_jax.recipe import resolve
 
 PROGRAM = "dgpo_jax.compare"
 
@@ -32,6 +33,19 @@ class Plan(NamedTuple):
             for seed in self.seeds
             for method in self.methods
         ]
+
+    def differences(self) -> list[str]:
+        """A line for each setting with different values among the runs; a method that does not read one (None) has no value."""
+        flat = {method.label: flatten(config) for method, config in zip(self.methods, self.configs, strict=True)}
+        lines = []
+        for name in flatten(self.config).keys() - {"loss.method"}:
+            labels: dict[object, list[str]] = {}
+            for label, settings in flat.items():
+                if settings[name] is not None:
+                    labels.setdefault(settings[name], []).append(label)
+            if len(labels) > 1:
+                lines.append(f"{name}: " + "; ".join(f"{value} for {', '.join(who)}" for value, who in labels.items()))
+        return sorted(lines)
 
     def warm_start(self, seed: int) -> Path:
         """Where the warm start of a seed is."""
@@ -93,8 +107,8 @@ def parse_plan(arguments: Sequence[str]) -> Plan:
 
 
 def read_config(arguments: Sequence[str]) -> Config:
-    """As `train` reads it."""
-    return parse_command(arguments, program=PROGRAM, description="")[0]
+    """As `train` reads and resolves it."""
+    return resolve(parse_command(arguments, program=PROGRAM, description="")[0])
 
 
 def check_overrides(overrides: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ PANELS = {
         plots.Panel("Held-out accuracy, {avg}", "share right", (AVERAGE,), kind="share"),
     ),
     "entropy": (plots.Panel("Entropy of the sampled tokens", "nats per token", (ENTROPY,), zero_based=True),),
-    "grad_norm": (plots.Panel("Gradient norm", "before clipping", (GRAD_NORM,), kind="log"),),
+    "grad_norm": (plots.Panel("Gradient norm", "before clipping, where not 0", (GRAD_NORM,), kind="log"),),
     "ratios": (
         plots.Panel("Largest ratio of an iteration", "new to old probability", ("policy/ratio_max",), kind=RATIO),
         plots.Panel("Smallest ratio of an iteration", "new to old probability", ("policy/ratio_min",), kind=RATIO),
@@ -153,10 +153,13 @@ def _draw(axes: Any, panel: plots.Panel, results: Sequence[Result], labels: Sequ
         label: [dict(series(result.rows, keys)) for result in results if result.label == label and result.finished]
         for label in labels
     }
+    if panel.kind == "log":  # 0 is an iteration in which no group had an advantage: there was no gradient to measure
+        found = {
+            label: [{at: value for at, value in run.items() if value > 0} for run in runs] for label, runs in found.items()
+        }
     values = [value for runs in found.values() for run in runs for value in run.values()]
-    spread = (
-        max(values) / min(values) if values and min(values) > 0 else 0.0
-    )  # a logarithm would hide zeros without a word
+    # Elsewhere a logarithm would hide zeros without a word.
+    spread = max(values) / min(values) if values and min(values) > 0 else 0.0
     log = spread > {"log": 20, RATIO: 2}.get(panel.kind, math.inf)
     if not values:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", va="center", color="#999999")

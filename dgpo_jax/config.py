@@ -13,6 +13,7 @@ same kind of message: the value, the rule, the fix.
 import hashlib
 import importlib.util
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -111,8 +112,8 @@ class RolloutConfig:
     top_p: float = 1.0  # sample from the smallest set of tokens with this much probability; 1 = off
     top_k: int = 0  # sample from the k likeliest tokens; 0 = off
     dynamic_sampling: bool | None = None  # draw prompts until Q groups have right and wrong answers (DAPO); None = as the method was published
-    max_draws: int = 10  # of Q prompts each, in one iteration of dynamic sampling; then groups without an advantage fill up
-    staleness: int = 0  # iterations between sampling and learning; 0 = learn at once
+    max_draws: int = 10  # dynamic sampling: of Q prompts each, for every Q groups that are missing; then groups without both fill up
+    staleness: int = 0  # iterations between sampling and learning, less where dynamic sampling reaches its cap; 0 = learn at once
 
     def __post_init__(self):
         for name in ("prompts", "max_prompt", "max_response", "max_draws"):
@@ -133,7 +134,7 @@ class RewardConfig:
 
     extract: Literal["boxed", "marked", "last"] = "boxed"  # boxed = last \\boxed{}; marked = also '#### ' and 'answer is'; last = else the last number
     correct: float = 1.0  # reward of a right answer
-    incorrect: float = 0.0  # reward of anything else
+    incorrect: float | None = None  # reward of anything else; None = as the method was published: -1 for dapo, else 0
     no_think_end: float | None = None  # reward of a response without </think>, whatever its answer (Klear: -0.5); None = not looked at
     no_think_start: float | None = None  # reward of one without <think>, which the prompt may have opened (Klear: -2); None = not looked at
     overlong_buffer: int | None = None  # tokens before max_response over which the penalty grows; 0 = no penalty; None = as the method was published
@@ -144,7 +145,13 @@ class RewardConfig:
     memory_mb: int = 2048  # memory of one worker
 
     def __post_init__(self):
-        require(self.correct > self.incorrect, "reward.correct", self.correct, f"it must beat reward.incorrect = {self.incorrect}", "raise it")
+        require(math.isfinite(self.correct), "reward.correct", self.correct, "rewards are finite", "give a number")
+        for name in ("incorrect", "no_think_end", "no_think_start"):
+            value = getattr(self, name)
+            require(
+                value is None or -math.inf < value < self.correct, f"reward.{name}", value,
+                f"a right answer must be worth more, and reward.correct is {self.correct}", "lower it",
+            )  # fmt: skip
         require(
             self.overlong_buffer is None or self.overlong_buffer >= 0, "reward.overlong_buffer", self.overlong_buffer,
             "it counts tokens", "give 0 for no penalty",
@@ -164,8 +171,8 @@ MethodName = Literal[
 class LossConfig:
     """The policy loss. A setting left at None takes the method's published value, printed at the start."""
 
-    method: MethodName = "dgpo"  # see docs/methods.md; dapo and dr_grpo also set sampling, advantage and aggregation
-    clip_low: float | None = None  # the ratio's trust region starts at 1 - clip_low; 1 = no lower bound; gmpo: of the log-ratio
+    method: MethodName = "dgpo"  # see docs/methods.md; dapo also sets sampling and rewards, dr_grpo advantage and aggregation
+    clip_low: float | None = None  # the ratio's trust region starts at 1 - clip_low; 1 or more = no lower bound; gmpo: at -clip_low of the log-ratio
     clip_high: float | None = None  # and ends at 1 + clip_high
     n: float | None = None  # dgpo: how fast weights decay below the region
     m: float | None = None  # dgpo: how slowly weights decay above it
@@ -174,7 +181,7 @@ class LossConfig:
     tau_pos: float | None = None  # sapo: how narrow the gate is for positive advantages
     tau_neg: float | None = None  # sapo: the same for negative ones
     soft_clip: float | None = None  # aspo: the gradient weight never exceeds this
-    dual_clip: float | None = None  # with a negative advantage, ratios above this get no gradient; None = off, as in all the papers (the codes of GPPO and DAPO: 10)
+    dual_clip: float | None = None  # with a negative advantage, ratios above this get no gradient; None = off, as in these methods' papers (the codes of GPPO and DAPO: 10)
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None = None  # what tokens weigh
     aggregation_scale: int | None = None  # tokens that seq-mean-token-sum-norm divides by; None = rollout.max_response
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] | None = None  # dr_grpo = not divided by the group's spread
@@ -187,7 +194,7 @@ class LossConfig:
             value = getattr(self, name)
             require(value is None or fits(value), f"loss.{name}", value, rule, fix)
 
-        check("clip_low", lambda x: 0 <= x <= 1, "the region starts at 1 - clip_low", "give 0 to 1")
+        check("clip_low", lambda x: x >= 0, "the region starts at 1 - clip_low", "give 0 or more; 1 = no lower bound")
         check("clip_high", lambda x: x >= 0, "the region ends at or above 1", "give 0 or more")
         check("m", lambda x: x >= 1, "the exponent 1 / m is at most 1", "give 1 or more")
         check("n", lambda x: x >= -1, "below -1 the weight grows as the ratio vanishes", "give -1 or more")
@@ -209,6 +216,16 @@ class KlConfig:
     coefficient: float = 0.0  # weight of the distance, in nats per token; 0 = off, and no reference weights are held
     estimator: Literal["k1", "k2", "k3"] = "k3"  # with d = log(reference / policy): -d, d^2 / 2, exp(d) - d - 1
     place: Literal["loss", "reward"] = "loss"  # loss = a term per token; reward = a response's sum is taken off its reward
+
+    @property
+    def in_loss(self) -> bool:
+        """Whether updates need the reference."""
+        return self.coefficient > 0 and self.place == "loss"
+
+    @property
+    def in_reward(self) -> bool:
+        """Whether rewards do."""
+        return self.coefficient > 0 and self.place == "reward"
 
     def __post_init__(self):
         require(self.coefficient >= 0, "kl.coefficient", self.coefficient, "it keeps the policy near", "give 0 for off")
@@ -362,6 +379,11 @@ class Config:
         require(
             (self.reward.overlong_buffer or 0) <= self.rollout.max_response, "reward.overlong_buffer", self.reward.overlong_buffer,
             f"a response has at most {self.rollout.max_response} tokens", "give at most rollout.max_response",
+        )  # fmt: skip
+        require(
+            self.loss.method not in ("gspo", "gmpo") or "token" not in (self.correction.weights, self.correction.reject),
+            "correction", (self.correction.weights, self.correction.reject),
+            f"{self.loss.method} takes a sequence as one and its tokens cannot be corrected one by one", "use sequence or geometric",
         )  # fmt: skip
         correcting = (self.correction.weights, self.correction.reject) != ("none", "none")
         require(

@@ -20,7 +20,7 @@ from dgpo_jax.types import Experience, TrainBatch, TrainState
 
 def learn(
     config: Config, parts: Parts, programs: Programs, state: TrainState, experience: Experience, advantages, iteration,
-    *, reference=None, skipped: int = 0,
+    reference=None, skipped: int = 0,
 ):  # fmt: skip
     """All updates of one iteration.
 
@@ -28,7 +28,7 @@ def learn(
         experience: of rollout.prompts groups.
         advantages: f32[Q, G].
         iteration: counts from 1.
-        reference: params of the weights that the run started from; only for a KL in the loss.
+        reference: params of the weights that the run started from; read only by a KL in the loss.
         skipped: updates skipped in a row just before.
     Returns:
         (TrainState, metrics).
@@ -47,11 +47,8 @@ def learn(
     for _, figures in results:
         skipped = skipped + 1 if figures.skipped else 0
     fresh = bool((experience.iteration == iteration).all())
-    metrics = policy_metrics(results, fresh)
-    for name, used in (("policy/kl_ref", reference is not None), ("policy/supervised", config.loss.supervised)):
-        if not used:
-            metrics.pop(name, None)
-    metrics |= gap_metrics(gaps or first_gap(results, fresh)) | {
+    terms = {"kl_ref": config.kl.in_loss, "supervised": config.loss.supervised > 0}
+    metrics = policy_metrics(results, fresh, [name for name, used in terms.items() if used]) | gap_metrics(gaps) | {
         "optim/skipped_in_a_row": skipped,
         "optim/learning_rate": float(rate),
         "update/microbatches": sum(len(batches) for batches in minibatches),
@@ -83,7 +80,7 @@ def to_compute(config: Config, experience: Experience, advantages: np.ndarray) -
     A response without advantage does so only through a term that does not ask for one.
     """
     wanted = advantages.reshape(-1) != 0
-    if config.loss.entropy or (config.kl.coefficient and config.kl.place == "loss"):
+    if config.loss.entropy or config.kl.in_loss:
         wanted = np.ones_like(wanted)
     if config.loss.supervised:
         wanted = wanted | experience.correct
@@ -100,7 +97,9 @@ def make_minibatches(config: Config, parts: Parts, experience: Experience, advan
     right, computed = counted & experience.correct, to_compute(config, experience, advantages)
     minibatches = []
     for groups in split_groups(group_count(experience), config.update.updates, config.seed, iteration):
-        members = np.isin(np.arange(len(counted)) // group_size(experience), groups)
+        members = np.zeros((group_count(experience), group_size(experience)), bool)
+        members[groups] = True
+        members = members.reshape(-1)
         weights = token_weights(length, counted & members, config.loss.aggregation, config.loss.aggregation_scale)
         supervised = config.loss.supervised * token_weights(length, right & members, "token-mean", 1)
         rows = np.flatnonzero(computed & members)
@@ -129,7 +128,7 @@ def complete_minibatches(config: Config, parts: Parts, programs: Programs, param
     def complete(batch: TrainBatch) -> TrainBatch:
         unscored = np.isnan(batch.old_logprobs).any()
         batch = to_device(batch, parts.shardings.batch)
-        if reference is not None:
+        if config.kl.in_loss:
             batch = batch._replace(ref_logprobs=programs.score(reference, batch))
         if config.update.old_logprobs == "sampler":
             return batch
@@ -157,7 +156,11 @@ def score_waiting(config: Config, parts: Parts, programs: Programs, params, wait
 
 
 def score_responses(config: Config, parts: Parts, programs: Programs, params, experience: Experience, rows) -> np.ndarray:
-    """f32[B, R]: log-probabilities of the responses `rows`, to the host; NaN elsewhere."""
+    """f32[B, R]: log-probabilities of the responses `rows`, to the host; NaN elsewhere.
+
+    Raises:
+        ValueError: one of them is not a number, so the weights are not either.
+    """
     nothing = np.zeros(len(experience.rewards))
     examples = to_examples(experience, rows, nothing, nothing, nothing)
     batches = pack(examples, **row_shape(config, parts), pad_id=parts.tokenizer.pad_id)
@@ -165,15 +168,32 @@ def score_responses(config: Config, parts: Parts, programs: Programs, params, ex
     logprobs = np.full_like(experience.old_logprobs, np.nan)
     for row, values in zip(rows, unpack(to_host(on_device), examples, **row_shape(config, parts)), strict=True):
         logprobs[row, : len(values)] = values
+        if np.isnan(values).any():  # NaN would mean "not scored yet"
+            raise ValueError("the weights give NaN as a log-probability; go back to an older checkpoint, or lower optimizer.learning_rate.")
     return logprobs
 
 
-def policy_metrics(results: Sequence[tuple[Totals, StepFigures]], fresh: bool = True) -> dict[str, float]:
+def sampled_gap(config: Config, parts: Parts, programs: Programs, params, experience: Experience) -> dict[str, float]:
+    """The gap to the sampler on one microbatch of responses, where nothing else scores them.
+
+    Args:
+        params: the weights that sampled.
+    """
+    rows, nothing = np.arange(len(experience.rewards)), np.zeros(len(experience.rewards))
+    unscored = experience._replace(old_logprobs=np.full_like(experience.old_logprobs, np.nan))
+    examples = to_examples(unscored, rows, nothing, nothing, nothing)
+    batch = pack(examples, **row_shape(config, parts), pad_id=parts.tokenizer.pad_id)[0]
+    batch = to_device(batch, parts.shardings.batch)
+    return gap_metrics(to_host([programs.complete(batch, programs.score(params, batch))[1]]))
+
+
+def policy_metrics(results: Sequence[tuple[Totals, StepFigures]], fresh: bool, terms: Sequence[str] = ()) -> dict[str, float]:
     """Figures over all updates of an iteration; those per token are missing if there was no token to learn from.
 
     Args:
         results: per update, on the host.
         fresh: the weights before the first update are those that sampled.
+        terms: of "kl_ref" and "supervised", those that are part of the loss.
     """
     sums = {name: sum(totals.sums[name] for totals, _ in results) for name in LOSS_SUMS}
     maxima = {name: float(max(totals.maxima[name] for totals, _ in results)) for name in LOSS_MAXIMA}
@@ -187,11 +207,11 @@ def policy_metrics(results: Sequence[tuple[Totals, StepFigures]], fresh: bool = 
     }
     if not tokens:
         return metrics
-    names = ("entropy", "kl_old", "kl_ref", "clipped", "dual_clipped", *Regions._fields)
-    metrics |= {f"policy/{name}": float(sums[name]) / tokens for name in names}
+    per_token = ["entropy", "kl_old", "clipped", "dual_clipped", *Regions._fields] + ["kl_ref"] * ("kl_ref" in terms)
+    per_update = ["loss"] + ["supervised"] * ("supervised" in terms)
+    metrics |= {f"policy/{name}": float(sums[name]) / tokens for name in per_token}
+    metrics |= {f"policy/{name}": float(sums[name]) / len(results) for name in per_update}
     metrics |= {
-        "policy/loss": float(sums["loss"]) / len(results),
-        "policy/supervised": float(sums["supervised"]) / len(results),
         "policy/ratio_mean": float(sums["ratio"]) / tokens,
         "policy/ratio_max": maxima["ratio"],
         "policy/ratio_min": -maxima["minus_ratio"],
@@ -203,19 +223,9 @@ def policy_metrics(results: Sequence[tuple[Totals, StepFigures]], fresh: bool = 
             metrics[f"policy/{name}_weight_max"] = maxima[f"{name}_weight"]
     first = results[0][0]
     if fresh and first.sums["tokens"]:
-        # The first update's ratio is 1: anything but rounding here is a fault of the trainer.
+        # The first update's ratio is 1, or the gap to the sampler where old_logprobs is its: anything but rounding is a fault.
         metrics["policy/first_ratio_error"] = float(first.maxima["ratio_error"])
     return metrics
-
-
-def first_gap(results: Sequence[tuple[Totals, StepFigures]], fresh: bool) -> list[Totals]:
-    """The gap where the trainer scored nothing: the ratios of the first update are then trainer to sampler."""
-    first = results[0][0]
-    if not fresh or not first.sums["tokens"]:
-        return []
-    tokens = first.sums["tokens"]
-    sums = {"tokens": tokens, "gap": first.sums["log_ratio_size"], "weight": tokens, "rejected": 0.0}
-    return [Totals(sums, {"gap": first.maxima["log_ratio_size"], "weight": 1.0})]
 
 
 def gap_metrics(gaps: Sequence[Totals]) -> dict[str, float]:

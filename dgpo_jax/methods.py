@@ -1,5 +1,6 @@
 """The methods of a comparison: how they are written on the command line, and how hard each pulls at which ratio."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import fields
@@ -98,8 +99,10 @@ def gradient_weights(loss: LossConfig, ratios: Sequence[float], advantage: float
 
 
 def trust_region(loss: LossConfig) -> tuple[float, float] | None:
-    """The ratios between which the method changes nothing; None if it has no such region."""
+    """The ratios between which the method changes nothing, a sequence's for gspo; None if it has no such region."""
     names = ("clip_low", "clip_high")
     settings = resolve_settings(loss.method, **{name: getattr(loss, name) for name in names})
     low, high = (settings.get(name) for name in names)
-    return None if low is None or high is None else (1 - low, 1 + high)
+    if low is None or high is None:
+        return None
+    return (math.exp(-low), math.exp(high)) if loss.method == "gmpo" else (1 - low, 1 + high)

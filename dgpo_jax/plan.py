@@ -5,7 +5,7 @@ from pathlib import Path
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
 from dgpo_jax.models.parameters import parameter_count
-from dgpo_jax.recipe import method_settings
+from dgpo_jax.recipe import PRESETS, ignored, method_settings
 from dgpo_jax.session import say
 
 
@@ -42,7 +42,8 @@ def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[
         ("problems", f"{len(parts.stream.problems)} to learn from{dropped}, {len(parts.held_out)} held out"),
         ("method", f"{config.loss.method} ({settings})" if settings else config.loss.method),
         ("recipe", recipe_line(config)),
-        ("left open", f"{', '.join(chosen)}; the method's own values" if chosen else "nothing"),
+        ("left open", ", ".join(f"{name} {value}" for name, value in chosen.items()) or "nothing"),
+        *warnings(config, chosen),
         ("an iteration", f"{rollout.prompts} prompts x {rollout.group_size} samples = {responses} responses"
                          f" of up to {rollout.max_response}, then {update.updates} updates"),
         ("an update", f"{rollout.prompts // update.updates} groups = {responses // update.updates} responses"),
@@ -50,6 +51,22 @@ def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[
         ("the run", f"{config.sft.updates} supervised updates, then {config.iterations} iterations"),
         ("memory", memory_line(config, parts)),
     ]  # fmt: skip
+
+
+def warnings(config: Config, chosen: dict[str, object]) -> list[tuple[str, str]]:
+    """What a user may not expect of the settings; as rows of the plan."""
+    rows = []
+    if config.loss.method in PRESETS:
+        names = [name for name in chosen if name.rpartition(".")[2] in PRESETS[config.loss.method]]
+        rows.append(("preset", f"{config.loss.method} is more than its loss; it sets {', '.join(names) or 'nothing more'}"))
+    if ignored(config):
+        rows.append(("ignored", f"{', '.join(ignored(config))}, which {config.loss.method} does not read"))
+    if config.kl.in_reward and config.loss.advantage == "grpo":
+        rows.append((
+            "warning", "dividing by a group's spread makes a small KL the whole advantage of a group that answers alike;"
+            " consider loss.advantage=dr_grpo, or kl.place=loss",
+        ))  # fmt: skip
+    return rows
 
 
 def recipe_line(config: Config) -> str:
@@ -63,7 +80,7 @@ def recipe_line(config: Config) -> str:
         f"truncated responses: {reward.truncated}": reward.truncated != "keep",
         f"supervised {loss.supervised:g}": loss.supervised,
         f"entropy bonus {loss.entropy:g}": loss.entropy,
-        f"KL {kl.estimator} {kl.coefficient:g} in the {kl.place}": kl.coefficient,
+        f"KL {kl.estimator} {kl.coefficient:g} in the {kl.place}": kl.in_loss or kl.in_reward,
         f"sampler corrected by {' and '.join(corrections)}": corrections,
         f"old log-probabilities of the {config.update.old_logprobs}": config.update.old_logprobs != "trainer",
     }

@@ -6,13 +6,13 @@
 from dataclasses import replace
 
 from dgpo_jax.config import Config, flatten
-from dgpo_jax.rl.losses import METHODS, check_method, resolve_settings
+from dgpo_jax.rl.losses import METHODS, SETTINGS, check_method, resolve_settings
 
 # Beyond the loss itself, which METHODS describes. A buffer is a share of rollout.max_response.
-PLAIN = {"advantage": "grpo", "dynamic_sampling": False, "overlong_buffer": 0.0}
+PLAIN = {"advantage": "grpo", "dynamic_sampling": False, "overlong_buffer": 0.0, "incorrect": 0.0}
 PRESETS = {
-    # arXiv:2503.14476: groups that teach something, and a penalty over the last 4096 of 20480 tokens.
-    "dapo": {"dynamic_sampling": True, "overlong_buffer": 0.2},
+    # arXiv:2503.14476: groups that teach something, and a penalty over the last 4096 of 20480 tokens, of 1 to rewards of +-1.
+    "dapo": {"dynamic_sampling": True, "overlong_buffer": 0.2, "incorrect": -1.0},
     # arXiv:2503.20783: neither the group's spread nor the response's length divides anything.
     "dr_grpo": {"advantage": "dr_grpo"},
 }
@@ -38,7 +38,8 @@ def resolve(config: Config) -> Config:
         ),
         rollout=replace(rollout, dynamic_sampling=_or(rollout.dynamic_sampling, preset["dynamic_sampling"])),
         reward=replace(
-            reward, overlong_buffer=_or(reward.overlong_buffer, int(preset["overlong_buffer"] * rollout.max_response))
+            reward, incorrect=_or(reward.incorrect, preset["incorrect"]),
+            overlong_buffer=_or(reward.overlong_buffer, int(preset["overlong_buffer"] * rollout.max_response)),
         ),
     )  # fmt: skip
 
@@ -50,6 +51,12 @@ def _or(given, published):
 def method_settings(config: Config) -> dict[str, float | None]:
     """The settings that the rule of a resolved config's method reads."""
     return {name: getattr(config.loss, name) for name in METHODS[config.loss.method].settings}
+
+
+def ignored(config: Config) -> list[str]:
+    """Settings of other methods' rules that were given and that this method does not read."""
+    others = sorted(SETTINGS - METHODS[config.loss.method].settings.keys())
+    return [f"loss.{name}" for name in others if getattr(config.loss, name) is not None]
 
 
 def published(config: Config) -> dict[str, object]:

@@ -14,6 +14,7 @@ from dgpo_jax.config import Config
 from dgpo_jax.evaluation import make_evaluation
 from dgpo_jax.plan import print_plan
 from dgpo_jax.recipe import published, resolve
+from dgpo_jax.restart import at_the_start, save
 from dgpo_jax.session import claim_workdir, run_command, say
 from dgpo_jax.supervised import warm_start
 
@@ -42,7 +43,7 @@ def sft(config: Config, workdir: str | Path) -> dict[str, float]:
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         state = fresh_state(parts, warm_start(config, parts, workdir).params)
-        checkpoints.save(0, state, {"skipped_in_a_row": 0, "position": 0})
+        save(checkpoints, at_the_start(config, state))
         scores, _ = make_evaluation(config, parts, pool)(make_decode_params(parts)(state.params))
     for name, value in scores.items():
         say(f"{name:<24} {value:.3f}")

@@ -13,13 +13,12 @@ that was not. A line of metrics is written before the checkpoint of its iteratio
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 
 from dgpo_jax.build import (
     Parts,
-    abstract_state,
+    build_params,
     build_parts,
     build_pool,
     build_programs,
@@ -29,7 +28,7 @@ from dgpo_jax.build import (
     make_decode_params,
 )
 from dgpo_jax.checkpoint import Checkpoints, peek
-from dgpo_jax.collecting import Backlog, make_collect, nothing_drawn
+from dgpo_jax.collecting import make_collect
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation import make_evaluation
 from dgpo_jax.learning import compute_advantages, learn, score_waiting
@@ -37,11 +36,10 @@ from dgpo_jax.metrics import MetricsWriter, progress, read_metrics
 from dgpo_jax.plan import print_plan
 from dgpo_jax.plots import plot_curves
 from dgpo_jax.recipe import published, resolve
+from dgpo_jax.restart import Progress, at_the_start, restore, save
 from dgpo_jax.rewards.pool import VerifierPool
-from dgpo_jax.rl.experience import from_arrays, group_count, to_arrays
 from dgpo_jax.session import Stopwatch, claim_workdir, memory_metrics, run_command, say
 from dgpo_jax.supervised import warm_start
-from dgpo_jax.types import TrainState
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, float]:
@@ -77,10 +75,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
             progress("iterations", config.iterations) as advance,
             jax.transfer_guard("disallow"),
         ):
-            collect = make_collect(
-                config, parts, programs, decode_params, pool, writer,
-                reference if config.kl.place == "reward" else None,
-            )  # fmt: skip
+            collect = make_collect(config, parts, programs, decode_params, pool, writer, reference)
             advance(done)
             stopwatch = Stopwatch(show=lambda part: advance(0, part))
             if not done:
@@ -99,16 +94,14 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
                         waiting = score_waiting(config, parts, programs, state.params, backlog.waiting)
                         backlog = backlog._replace(waiting=waiting)
                         state, learned = learn(
-                            config, parts, programs, state, experience, advantages, iteration,
-                            reference=reference if config.kl.place == "loss" else None, skipped=skipped,
-                        )  # fmt: skip
+                            config, parts, programs, state, experience, advantages, iteration, reference, skipped
+                        )
                     skipped = check_skipped(config, learned["optim/skipped_in_a_row"])
 
                 metrics = collected | learned | stopwatch.take() | memory_metrics()
-                if "time/rollout" in metrics:
-                    metrics["speed/tokens_per_second_per_device"] = (
-                        metrics["rollout/tokens"] / metrics["time/rollout"] / parts.mesh.size
-                    )
+                metrics["speed/tokens_per_second_per_device"] = (
+                    metrics["rollout/tokens"] / metrics["time/rollout"] / parts.mesh.size
+                )
 
                 # Act 4, evaluation: held-out problems, every so many iterations and after the last.
                 last = iteration == config.iterations
@@ -125,22 +118,6 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     return finish(config, workdir)
 
 
-class Progress(NamedTuple):
-    """Where a run stands between two iterations."""
-
-    done: int  # iterations
-    state: TrainState
-    skipped: int  # updates skipped in a row
-    backlog: Backlog
-
-
-def save(checkpoints: Checkpoints, progress: Progress) -> None:
-    """Writes all that a restart needs; `find_start` is the other way round."""
-    extra = {"skipped_in_a_row": progress.skipped, "position": progress.backlog.position}
-    waiting = progress.backlog.waiting
-    checkpoints.save(progress.done, progress.state, extra, to_arrays(waiting) if group_count(waiting) else None)
-
-
 def check_golds(pool: VerifierPool, parts: Parts) -> None:
     """Warns of held-out answers that the checker cannot match with themselves: nobody could ever get them right."""
     bad = pool.check_golds(parts.held_out)
@@ -150,16 +127,14 @@ def check_golds(pool: VerifierPool, parts: Parts) -> None:
 
 def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path) -> Progress:
     """Where the run goes on, by the precedence in this module's docstring."""
-    restored = checkpoints.restore(abstract_state(parts))
+    restored = restore(config, parts, checkpoints)
     if restored is not None:
-        done, state, extra, arrays = restored
-        say(f"going on after iteration {done} of {config.iterations}")
-        waiting = from_arrays(arrays) if arrays else nothing_drawn(config).waiting
-        return Progress(done, state, extra["skipped_in_a_row"], Backlog(extra["position"], waiting))
+        say(f"going on after iteration {restored.done} of {config.iterations}")
+        return restored
     if not config.sft.updates:
-        return Progress(0, build_state(config, parts), 0, nothing_drawn(config))
+        return at_the_start(config, build_state(config, parts))
     say(f"supervised warm start: {config.sft.updates} updates, metrics in {workdir}/sft/metrics.jsonl")
-    start = Progress(0, fresh_state(parts, warm_start(config, parts, workdir).params), 0, nothing_drawn(config))
+    start = at_the_start(config, fresh_state(parts, warm_start(config, parts, workdir).params))
     save(checkpoints, start)
     return start
 
@@ -168,12 +143,21 @@ def find_reference(config: Config, parts: Parts, workdir: Path):
     """Params of the weights that iteration 1 started from, for the KL; None, and no memory taken, where it is off.
 
     They are read or made once more from where the run got them, so that a checkpoint need not hold them.
+
+    Raises:
+        ValueError: the warm start that made them is gone.
     """
     if not config.kl.coefficient:
         return None
-    if config.sft.updates:
-        return build_reference(parts, warm_start(config, parts, workdir).params)
-    return build_reference(parts, build_state(config, parts).params)
+    if not config.sft.updates:
+        return build_reference(parts, build_params(config, parts))
+    found = peek(workdir / "sft" / "checkpoints")
+    if found is None or found[0] < config.sft.updates:
+        raise ValueError(
+            f"{workdir}/sft/checkpoints lacks update {config.sft.updates}, whose weights kl.coefficient ="
+            f" {config.kl.coefficient} keeps the policy near; put the folder back, or start in another --workdir."
+        )
+    return build_reference(parts, warm_start(config, parts, workdir).params)
 
 
 def evaluation(evaluate, weights, writer: MetricsWriter, iteration: int, stopwatch: Stopwatch, metrics: dict) -> None:

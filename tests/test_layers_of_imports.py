@@ -16,7 +16,7 @@ FLOORS = [
     {"sharding", "manifest", "processes"},
     {"models", "checkpoint", "metrics", "plots", "comparison", "comparison_plots"},
     {"rl", "rewards", "data"},
-    {"recipe", "build", "rollout", "evaluation", "supervised", "learning", "collecting", "plan", "session", "methods", "comparison_plan"},
+    {"recipe", "build", "rollout", "evaluation", "supervised", "learning", "collecting", "restart", "plan", "session", "methods", "comparison_plan"},
 ]
 STORIES = len(FLOORS)
 

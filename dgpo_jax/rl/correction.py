@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from dgpo_jax.rl.losses import MAX_LOG_RATIO, sequence_mean, sequence_sum
+from dgpo_jax.rl.kl import MAX_LOG_RATIO
+from dgpo_jax.rl.losses import sequence_mean, sequence_sum
 
 
 class Correction(NamedTuple):

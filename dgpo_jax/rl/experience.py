@@ -41,6 +41,12 @@ def select(experience: Experience, groups: Sequence[int] | np.ndarray) -> Experi
     )
 
 
+def newest(experience: Experience, groups: int) -> Experience:
+    """The last so many, or all if they are fewer."""
+    count = group_count(experience)
+    return select(experience, range(max(0, count - groups), count))
+
+
 def join(first: Experience, second: Experience) -> Experience:
     """The groups of both, one after the other."""
     return Experience(
@@ -84,4 +90,5 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Experience:
     """The other way round; an empty mapping is not an Experience."""
     prompts = Prompts(*(arrays[f"prompts.{field}"] for field in Prompts._fields))
     rollout = Rollout(*(arrays[f"rollout.{field}"] for field in Rollout._fields))
-    return Experience(prompts, rollout, *(arrays[field] for field in Experience._fields[2:]))
+    others = {field: arrays[field] for field in ("old_logprobs", "correct", "rewards", "iteration")}
+    return Experience(prompts, rollout, **others)

@@ -1,6 +1,6 @@
 """Estimates of the distance to the reference weights, of numpy arrays and JAX arrays alike."""
 
-MAX_LOG_RATIO = 20.0  # as verl clamps it; e^20 = 4.9e8
+MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: beyond it a ratio says only that something is broken; verl clamps there too
 
 
 def kl_estimate(estimator: str, logprobs, ref_logprobs):

@@ -11,17 +11,17 @@ the methods that look at single tokens are all the same.
 
 The weight g by method, L = 1 - clip_low, U = 1 + clip_high; where a cell is empty, and inside [L, U], it is r:
 
-    method        A > 0, r > U         A < 0, r < L      elsewhere
-    grpo, dapo    0                    0
-    gppo          U                    L
-    ce_gppo       beta2 U              beta1 L
-    dgpo          r^(1-1/m) U^(1/m)    r^(n+1) / L^n
-    cispo         U                    L                 r clipped to [L, U] for A of any sign
-    aspo          0                    0                 A > 0: 1 / r; never more than soft_clip
-    gspo          0                    0                 r is the geometric mean of its sequence's ratios
-    gmpo          0                    0                 the same mean, of ratios clipped one by one
-    sapo          4 s (1 - s) r with s = sigmoid(tau (r - 1)), everywhere
-    reinforce     1 everywhere
+    method               A > 0, r > U         A < 0, r < L      elsewhere
+    grpo, dr_grpo, dapo  0                    0
+    gppo                 U                    L
+    ce_gppo              beta2 U              beta1 L
+    dgpo                 r^(1-1/m) U^(1/m)    r^(n+1) / L^n
+    cispo, .._one_sided  U                    L                 r clipped to [L, U] for A of any sign
+    aspo                 0                    0                 A > 0: 1 / r; never more than soft_clip
+    gspo                 0                    0                 r is the geometric mean of its sequence's ratios
+    gmpo                 0                    0                 the same mean, of ratios clipped one by one
+    sapo                 4 s (1 - s) r with s = sigmoid(tau (r - 1)), everywhere
+    reinforce            1 everywhere
 
 Three habits keep the rules finite and exact. The log-ratio is clamped to [-20, 20] before anything else. A rule chooses
 its exponent *before* the one exp: DGPO's two decay branches under a `where` of exps would turn gradients NaN as soon as
@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: beyond it a ratio says only that something is broken
+from dgpo_jax.rl.kl import MAX_LOG_RATIO
 
 
 class Tokens(NamedTuple):

@@ -6,7 +6,7 @@ from dgpo_jax.config import OptimizerConfig
 
 
 def make_optimizer(config: OptimizerConfig, decays) -> optax.GradientTransformation:
-    """Everything of AdamW but the learning rate, which `update.make_apply` takes as an argument.
+    """Everything of AdamW but the learning rate, which `apply` of `update.make_programs` takes as an argument.
 
     Args:
         decays: tree of bools like the parameters, True where weight decay acts under `decay='matrices'`.

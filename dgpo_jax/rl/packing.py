@@ -12,6 +12,8 @@ import numpy as np
 from dgpo_jax.rl.experience import group_size
 from dgpo_jax.types import Experience, TrainBatch
 
+NUMBERS = ("sampler_logprobs", "old_logprobs", "ref_logprobs", "advantages", "weights", "supervised")  # of a TrainBatch, f32
+
 
 class Example(NamedTuple):
     """One sequence to learn from; a number stands for every token of its response."""
@@ -142,7 +144,7 @@ def empty_batch(rows: int, tokens_per_row: int, pad_id: int = 0) -> TrainBatch:
         segment=np.zeros(shape, np.int32),
         position=np.zeros(shape, np.int32),
         loss_mask=np.zeros(shape, bool),
-        **{name: np.zeros(shape, np.float32) for name in TrainBatch._fields[4:]},
+        **{name: np.zeros(shape, np.float32) for name in NUMBERS},
     )
 
 

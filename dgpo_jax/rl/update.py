@@ -1,4 +1,4 @@
-"""From packed microbatches to one optimizer step: programs that are each compiled once.
+"""From packed microbatches to one optimizer step: programs that are each compiled once (`score` once for each dtype of weights).
 
     score       log-probabilities of given weights: those that sampled, or those that the run started from
     complete    puts the first into a batch, and corrects its advantages for what the sampler did differently
@@ -75,10 +75,10 @@ class StepFigures(NamedTuple):
 HISTOGRAM_EDGES = (0.1, 0.25, 0.5, 0.8, 0.9, 0.99, 1.01, 1.1, 1.28, 2.0, 4.0, 10.0)
 
 LOSS_SUMS = (
-    "tokens", "loss", "entropy", "ratio", "kl_old", "kl_ref", "supervised", "clipped", "dual_clipped", "log_ratio_size",
-    "histogram", *Regions._fields, *(f"{name}_weight" for name in Regions._fields),
+    "tokens", "loss", "entropy", "ratio", "kl_old", "kl_ref", "supervised", "clipped", "dual_clipped", "histogram",
+    *Regions._fields, *(f"{name}_weight" for name in Regions._fields),
 )  # fmt: skip
-LOSS_MAXIMA = ("ratio", "minus_ratio", "ratio_error", "log_ratio_size", *(f"{name}_weight" for name in Regions._fields))
+LOSS_MAXIMA = ("ratio", "minus_ratio", "ratio_error", *(f"{name}_weight" for name in Regions._fields))
 
 
 def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) -> Programs:
@@ -184,7 +184,7 @@ def loss_totals(batch: TrainBatch, tokens: Tokens, surrogate: Surrogate, per_tok
         tokens, surrogate: as `losses.policy_loss` gives them.
         per_token: further figures f32[N, T] to be summed.
     """
-    mask, ratio, size = batch.loss_mask, jnp.exp(tokens.log_ratio), jnp.abs(tokens.log_ratio)
+    mask, ratio = batch.loss_mask, jnp.exp(tokens.log_ratio)
 
     def total(x, mask=mask):
         return jnp.sum(jnp.where(mask, x, 0).astype(jnp.float32))
@@ -201,12 +201,11 @@ def loss_totals(batch: TrainBatch, tokens: Tokens, surrogate: Surrogate, per_tok
         | {
             "tokens": total(mask), "ratio": total(ratio), "kl_old": total(batch.old_logprobs - tokens.logprobs),
             "clipped": total(surrogate.clipped), "dual_clipped": total(surrogate.dual_clipped),
-            "log_ratio_size": total(size), "histogram": -jnp.diff(jnp.stack(above)),
+            "histogram": -jnp.diff(jnp.stack(above)),
         }
     )  # fmt: skip
     maxima = {f"{name}_weight": largest(surrogate.weight, inside) for name, inside in in_regions.items()} | {
         "ratio": largest(ratio), "minus_ratio": largest(-ratio), "ratio_error": largest(jnp.abs(ratio - 1)),
-        "log_ratio_size": largest(size),
     }  # fmt: skip
     return Totals(sums, maxima)
 

@@ -98,11 +98,11 @@ def make_collect(
                 teaching = ~alike(by_group(experience, experience.correct), in_baseline(config, experience))
             waiting = join(waiting, select(experience, np.flatnonzero(teaching)))
             unused = newest(join(unused, select(experience, np.flatnonzero(~teaching))), settings.prompts)
+        del weights  # the copy for decoding would otherwise live through the updates
         gap = {}
         if config.update.old_logprobs == "sampler":  # nothing else will tell how far it is from the trainer
             with stopwatch("update"):
                 gap = sampled_gap(config, parts, programs, params, experience)
-        del weights  # the copy for decoding would otherwise live through the updates
         writer.write_rollouts(iteration, [row for number, checked in enumerate(draws) for row in checked.rows(number)])
 
         # Every update has its share of Q groups: at the cap, those without right and wrong answers fill up.

@@ -4,8 +4,10 @@
 
 A method may bring settings of the loss in parentheses (which the shell wants quoted). What the command line gives is the same
 for all; what it leaves open is each method's own, and the table lists the settings that come to differ: `dapo` samples more
-responses than others unless --config.rollout.dynamic_sampling=False, and published bounds are not all the same. Each run is a process of its own, `python -m dgpo_jax.train`, so one that crashes or collapses is written down and the
-others go on. With --jobs=N, N of them run at a time, each on its share of the cores; on an accelerator leave it at 1.
+responses than others unless --config.rollout.dynamic_sampling=False, and published bounds are not all the same.
+
+Each run is a process of its own, `python -m dgpo_jax.train`, so one that crashes or collapses is written down and the others go
+on. With --jobs=N, N of them run at a time, each on its share of the cores; on an accelerator leave it at 1.
 
 The same command goes on where it was stopped: finished runs are not started again, the others go on from their newest
 checkpoint. More methods, seeds or iterations may be asked for later. --report-only computes nothing and reports what is

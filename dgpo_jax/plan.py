@@ -5,7 +5,7 @@ from pathlib import Path
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
 from dgpo_jax.models.parameters import parameter_count
-from dgpo_jax.recipe import PRESETS, ignored, method_settings
+from dgpo_jax.recipe import PRESETS, ignored, method_settings, preset_choices
 from dgpo_jax.session import say
 
 
@@ -57,8 +57,8 @@ def warnings(config: Config, chosen: dict[str, object]) -> list[tuple[str, str]]
     """What a user may not expect of the settings; as rows of the plan."""
     rows = []
     if config.loss.method in PRESETS:
-        names = [name for name in chosen if name.rpartition(".")[2] in PRESETS[config.loss.method]]
-        rows.append(("preset", f"{config.loss.method} is more than its loss; it sets {', '.join(names) or 'nothing more'}"))
+        names = ", ".join(preset_choices(config, chosen)) or "nothing that the config does not say"
+        rows.append(("preset", f"{config.loss.method} is more than its loss; it sets {names}"))
     if ignored(config):
         rows.append(("ignored", f"{', '.join(ignored(config))}, which {config.loss.method} does not read"))
     if config.kl.in_reward and config.loss.advantage == "grpo":

@@ -54,9 +54,18 @@ def method_settings(config: Config) -> dict[str, float | None]:
 
 
 def ignored(config: Config) -> list[str]:
-    """Settings of other methods' rules that were given and that this method does not read."""
+    """Settings of the loss that were given and that this method, so aggregated, does not read."""
     others = sorted(SETTINGS - METHODS[config.loss.method].settings.keys())
+    if config.loss.aggregation != "seq-mean-token-sum-norm":
+        others.append("aggregation_scale")
     return [f"loss.{name}" for name in others if getattr(config.loss, name) is not None]
+
+
+def preset_choices(config: Config, chosen: dict[str, object]) -> list[str]:
+    """Of the settings left open, those that the method's word made other than plain, its rule's own apart."""
+    plain = PLAIN | {"aggregation": "token-mean", "aggregation_scale": None}
+    names = [(name, name.rpartition(".")[2]) for name in chosen if config.loss.method in PRESETS]
+    return [name for name, short in names if short in plain and chosen[name] != plain[short]]
 
 
 def published(config: Config) -> dict[str, object]:

@@ -92,7 +92,10 @@ def test_help_lists_the_settings_with_their_comments(module):
     ("--config.kl.estimator=k1", ["kl.estimator is 'k1'", "use k2 or k3, or kl.place=reward"]),
     ("--config.kl.place=rewards", ["'rewards'", "'loss', 'reward'"]),
     ("--config.correction.low=2", ["correction.low", "around 1"]),
-    ("--config.loss.clip_low=2", ["loss.clip_low is 2.0", "0 to 1"]),
+    ("--config.loss.clip_low=-0.1", ["loss.clip_low is -0.1", "0 or more; 1 = no lower bound"]),
+    ("--config.reward.incorrect=1", ["reward.incorrect is 1.0", "reward.correct is 1.0; lower it"]),
+    ("--config.reward.no_think_end=nan", ["reward.no_think_end is nan", "lower it"]),
+    ("--config.reward.correct=0", ["reward.incorrect is 0.0", "reward.correct is 0.0"]),  # which is DGPO's
     ("--config.loss.dual_clip=1.25", ["loss.dual_clip is 1.25", "raise it above 1 + clip_high"]),  # which is DGPO's 0.28
     ("--config.reward.overlong_buffer=13", ["reward.overlong_buffer is 13", "at most 12 tokens"]),
     ("--config.rollout.staleness=-1", ["rollout.staleness is -1", "0 to learn at once"]),
@@ -107,6 +110,8 @@ def test_a_setting_that_cannot_be_is_refused(argument, expected, refuse):
     (["--config.kl.estimator=k1", "--config.kl.place=reward", "--config.kl.coefficient=-1"], ["kl.coefficient is -1.0", "0 for off"]),
     (["--config.update.old_logprobs=sampler", "--config.correction.weights=token"], ["update.old_logprobs is 'sampler'", "use trainer"]),
     (["--config.loss.method=grpo", "--config.loss.dual_clip=1.2"], ["loss.dual_clip is 1.2"]),
+    (["--config.loss.method=gspo", "--config.correction.weights=token"], ["gspo takes a sequence as one", "use sequence or geometric"]),
+    (["--config.loss.method=gmpo", "--config.correction.reject=token"], ["gmpo takes a sequence as one", "use sequence or geometric"]),
 ])  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(arguments, expected, refuse):
     message = refuse(TINY, *arguments)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from dgpo_jax import compare, processes
 from dgpo_jax.comparison import (
@@ -25,9 +26,9 @@ from dgpo_jax.comparison import (
     to_csv,
 )
 from dgpo_jax.comparison_plan import parse_plan
-from dgpo_jax.comparison_plots import Weights, mean_curve, plot_comparison, plot_weights
+from dgpo_jax.comparison_plots import PANELS, Weights, _draw, mean_curve, plot_comparison, plot_weights
 from dgpo_jax.config import LossConfig
-from dgpo_jax.methods import gradient_weights, parse_methods
+from dgpo_jax.methods import gradient_weights, parse_methods, trust_region
 from dgpo_jax.metrics import read_metrics
 from dgpo_jax.processes import Job, core_shares, run_all, why_failed
 
@@ -78,6 +79,9 @@ def test_a_method_that_is_not_written_well_is_refused(text, complaint):
     (["--methods=ppo"], "choose one of"),
     (["--methods=dgpo(n=few)"], "few"),  # the value is refused as train does
     (["--methods=dgpo(m=0.5)"], "loss.m"),
+    (["--methods=grpo,dgpo(dual_clip=1.25)"], "loss.dual_clip is 1.25"),  # inside DGPO's published region
+    (["--methods=grpo,gspo", "--config.correction.weights=token"], "correction is"),  # GRPO alone could be corrected so
+    (["--config.reward.correct=0"], "reward.incorrect is 0.0"),
     (["--jobs=0"], "--jobs is 0"),
     (["--config.seed=1"], "--config.seed is given, but runs differ in it; use --seeds"),
     (["--config.loss.method", "grpo"], "use --methods"),
@@ -96,10 +100,33 @@ def test_the_plan_holds_what_train_will_read():
     plan = parse_plan([TINY, "--methods=grpo,dgpo(m=3)", "--seeds=2,0", "--config.update.updates=4", "--workdir=w"])
     assert [config.loss.method for config in plan.configs] == ["grpo", "dgpo"] and plan.configs[1].loss.m == 3
     assert all(config.update.updates == 4 for config in plan.configs)
+    # With what each method was published with.
+    assert [config.loss.clip_high for config in plan.configs] == [0.2, 0.28]
+    assert [config.reward.incorrect for config in plan.configs] == [0, 0]
     assert plan.arguments == [TINY, "--config.update.updates=4"]
     assert [str(run.workdir) for run in plan.runs()] == [
         "w/grpo/seed_2", "w/dgpo(m=3)/seed_2", "w/grpo/seed_0", "w/dgpo(m=3)/seed_0",
     ]  # fmt: skip
+
+
+def test_settings_in_which_the_runs_are_not_the_same_are_found():
+    assert parse_plan([TINY, "--methods=grpo,dgpo,dgpo(n=2),dapo", "--seeds=0,1"]).differences() == [
+        "loss.clip_high: 0.2 for grpo; 0.28 for dgpo, dgpo(n=2), dapo",
+        "loss.n: 1.0 for dgpo; 2.0 for dgpo(n=2)",  # the others do not read it; m is 2 for both
+        "reward.incorrect: 0.0 for grpo, dgpo, dgpo(n=2); -1.0 for dapo",
+        "reward.overlong_buffer: 0 for grpo, dgpo, dgpo(n=2); 2 for dapo",  # a fifth of 12
+        "rollout.dynamic_sampling: False for grpo, dgpo, dgpo(n=2); True for dapo",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--methods=grpo"],
+    ["--methods=dgpo,gppo"],  # seeds and methods differ, but no setting that both read
+    ["--methods=grpo,dapo", "--config.loss.clip_high=0.3", "--config.reward.incorrect=0", "--config.reward.overlong_buffer=0",
+     "--config.rollout.dynamic_sampling=False"],  # given for all, it is the same for all
+])  # fmt: skip
+def test_runs_that_differ_in_nothing_but_the_rule_have_no_differences(arguments):
+    assert parse_plan([TINY, "--seeds=0,1", *arguments]).differences() == []
 
 
 # Statistics
@@ -150,6 +177,17 @@ def test_the_measures_of_a_run():
     assert set(summarise([]).values()) == {None}
 
 
+@pytest.mark.parametrize("averages, best, drop", [
+    ([0.9, 0.5, 0.25], 0.5, 0.25),  # what the run started with is not its own
+    ([0.9, 0.25, 0.5], 0.5, 0.0),
+    ([0.25, 0.5], 0.5, 0.0),
+    ([0.9], None, None),  # nothing but the start
+])  # fmt: skip
+def test_the_best_and_the_drop_are_of_evaluations_after_the_start(averages, best, drop):
+    summary = summarise([{"iteration": number, "eval/avg@8": value} for number, value in enumerate(averages)])
+    assert (summary["best_avg"], summary["drop"], summary["avg"]) == (best, drop, averages[-1])
+
+
 RESULTS = [
     a_run("grpo", 0, [0.2, 0.5]),
     a_run("dgpo(n=2)", 0, [0.2, 0.6]),
@@ -180,12 +218,18 @@ def test_the_table_has_means_errors_differences_and_who_is_missing():
     assert table["dgpo(n=2)"]["mean - grpo"] == "+17.5 ± 7.5"
     assert table["grpo"]["mean avg@4 %"] == "47.5 ± 2.5"
     assert table["reinforce"]["avg@4 %"] == "12.5"  # a single seed has no error
-    assert table["reinforce"]["drop"] == "12.5"
+    assert table["reinforce"]["best avg@4 %"] == "12.5" and table["reinforce"]["drop"] == "0.0"  # 25 was the start
     assert table["reinforce"]["avg@4 - grpo"] == "-37.5"
     assert table["reinforce"]["responses"] == "-"
     assert "- grpo seed 2 failed after iteration 1: 12 updates in a row" in lines
     assert "- reinforce seed 1 is not finished, it is before the first iteration" in lines
     assert len({len(line) for line in lines[2:7]}) == 1  # aligned
+
+
+def test_the_table_names_the_settings_in_which_methods_differ():
+    table = make_table(RESULTS, "tiny", ["loss.n: 1 for a; 2 for b", "seed: 0 for a; 1 for b"])
+    assert "same but for:\n\n- loss.n: 1 for a; 2 for b\n- seed: 0 for a; 1 for b\n\nNot in the means" in table
+    assert "same but for" not in make_table(RESULTS, "tiny")
 
 
 def test_the_csv_has_a_line_per_run_with_all_digits():
@@ -226,6 +270,19 @@ def test_every_method_weighs_a_token_by_one_where_the_ratio_is_one():
             assert (weights >= 0).all() and np.isfinite(weights).all(), method
 
 
+@pytest.mark.parametrize("method, settings, expected", [
+    ("dgpo", {}, (0.8, 1.28)),
+    ("grpo", {"clip_low": 0.1}, (0.9, 1.2)),
+    ("gmpo", {}, (math.exp(-0.4), math.exp(0.4))),  # whose bounds are on the log-ratio
+    ("gmpo", {"clip_low": 2.0}, (math.exp(-2), math.exp(0.4))),
+    ("cispo_one_sided", {}, (0.0, 1.2)),
+    ("sapo", {}, None),
+    ("reinforce", {}, None),
+])  # fmt: skip
+def test_the_trust_region_is_that_of_the_ratio(method, settings, expected):
+    assert trust_region(LossConfig(method=method, **settings)) == pytest.approx(expected)
+
+
 def test_a_curve_is_the_mean_over_runs_with_an_error_to_both_sides():
     runs = [{0: 1.0, 5: 2.0}, {0: 3.0}]
     curve = mean_curve(runs, log=False, smooth=False)
@@ -233,6 +290,15 @@ def test_a_curve_is_the_mean_over_runs_with_an_error_to_both_sides():
     assert curve.low == [1.0, 2.0] and curve.high == [3.0, 2.0]  # standard deviation sqrt(2), over sqrt(2)
     assert mean_curve([{1: 1.0}, {1: 100.0}], log=True, smooth=False).mean == [pytest.approx(10.0)]
     assert mean_curve([], log=False, smooth=True).iterations == []
+
+
+def test_an_iteration_without_a_gradient_is_left_out_of_the_gradient_norm():
+    norms = [{"iteration": number, "optim/grad_norm_max": value} for number, value in enumerate([0.1, 0.0, 10.0, 0.0])]
+    axes = Figure().subplots()
+    _draw(axes, PANELS["grad_norm"][0], [Result("grpo", 0, norms, finished=True)], ["grpo"])
+    assert axes.get_yscale() == "log"  # which a 0 would have forbidden
+    (line,) = axes.lines
+    np.testing.assert_array_equal(line.get_xdata(), [0, 2])
 
 
 @pytest.mark.parametrize(
@@ -254,6 +320,7 @@ def test_the_figure_of_weights_is_drawn(tmp_path):
     weights = [
         Weights("grpo", RATIOS * (RATIOS < 1.28), RATIOS, (0.8, 1.28)),
         Weights("flat", RATIOS**0, RATIOS**0, None),
+        Weights("no lower bound", RATIOS, RATIOS, (-1.5, 1.28)),  # a clip_low of 2.5
     ]
     assert plot_weights(RATIOS, weights, tmp_path / "weights.png").read_bytes().startswith(PNG)
 
@@ -421,6 +488,7 @@ def test_a_run_that_crashes_is_written_down_and_tried_again_and_the_others_go_on
         "- grpo seed 1 failed before the first iteration: it was not to be"
         in (pretended.workdir / "table.md").read_text()
     )
+    assert "- loss.clip_high: 0.2 for grpo; 0.28 for dgpo\n" in (pretended.workdir / "table.md").read_text()
 
     monkeypatch.delenv("CRASH")
     results, started = pretended("grpo,dgpo")

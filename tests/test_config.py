@@ -97,6 +97,8 @@ def test_several_settings_of_all_types_are_changed_at_once():
     ("rollout.dynamic_sampling", "None", None),
     ("reward.overlong_buffer", "0", 0),  # off, whatever the method
     ("reward.overlong_buffer", "None", None),
+    ("reward.incorrect", "-1", -1.0),
+    ("reward.incorrect", "None", None),
     ("reward.no_think_end", "-0.5", -0.5),  # a minus sign is no option
     ("data.low", "3", 3),
     ("data.low", "None", None),
@@ -163,15 +165,23 @@ BROKEN = [
     (RolloutConfig, "rollout", "top_k", -1, "0 for off"),
     (RolloutConfig, "rollout", "max_draws", 0, "at least 1"),
     (RolloutConfig, "rollout", "staleness", -1, "0 to learn at once"),
-    (RewardConfig, "reward", "correct", 0.0, "reward.incorrect"),  # no better than a wrong answer
+    (RewardConfig, "reward", "correct", float("inf"), "give a number"),
+    (RewardConfig, "reward", "correct", float("nan"), "give a number"),
+    (RewardConfig, "reward", "incorrect", 1.0, "reward.correct is 1.0; lower it"),  # no worse than a right answer
+    (RewardConfig, "reward", "incorrect", float("nan"), "must be worth more"),
+    (RewardConfig, "reward", "incorrect", float("-inf"), "must be worth more"),  # a group's mean would be no number
+    (RewardConfig, "reward", "no_think_end", 1.0, "must be worth more"),
+    (RewardConfig, "reward", "no_think_end", float("nan"), "must be worth more"),
+    (RewardConfig, "reward", "no_think_start", 1.5, "must be worth more"),
+    (RewardConfig, "reward", "no_think_start", float("-inf"), "must be worth more"),
     (RewardConfig, "reward", "overlong_buffer", -1, "0 for no penalty"),
     (RewardConfig, "reward", "overlong_penalty", -1.0, "0 or more"),  # it is taken off, so a negative one would reward
     (RewardConfig, "reward", "overlong_penalty", float("nan"), "0 or more"),
     (RewardConfig, "reward", "workers", 0, "at least 1"),
     (RewardConfig, "reward", "deadline_s", 0.0, "more than 0"),
     (RewardConfig, "reward", "memory_mb", 100, "at least 256"),
-    (LossConfig, "loss", "clip_low", 1.01, "1 - clip_low"),  # 1 is no lower bound, beyond it there is nothing
-    (LossConfig, "loss", "clip_low", -0.1, "1 - clip_low"),
+    (LossConfig, "loss", "clip_low", -0.1, "1 = no lower bound"),
+    (LossConfig, "loss", "clip_low", float("nan"), "0 or more"),
     (LossConfig, "loss", "clip_high", -0.1, "0 or more"),
     (LossConfig, "loss", "m", 0.5, "1 or more"),
     (LossConfig, "loss", "n", -1.5, "-1 or more"),
@@ -240,7 +250,8 @@ def test_what_is_left_open_breaks_no_rule():
         "clip_low", "clip_high", "n", "m", "beta1", "beta2", "tau_pos", "tau_neg", "soft_clip", "dual_clip", "aggregation",
         "aggregation_scale", "advantage",
     }  # fmt: skip
-    assert RolloutConfig().dynamic_sampling is None and RewardConfig().overlong_buffer is None
+    assert RolloutConfig().dynamic_sampling is None
+    assert RewardConfig().overlong_buffer is None and RewardConfig().incorrect is None
     # What is off is off for every method, and not a method's own.
     assert (loss.supervised, loss.entropy, KlConfig().coefficient) == (0, 0, 0)
     assert (CorrectionConfig().weights, CorrectionConfig().reject, RewardConfig().truncated) == ("none", "none", "keep")
@@ -248,6 +259,7 @@ def test_what_is_left_open_breaks_no_rule():
 
 @pytest.mark.parametrize("settings", [
     {"clip_low": 1.0},  # no lower bound
+    {"clip_low": 2.5},  # nor here; of the log-ratio, for gmpo, it is a bound
     {"clip_low": 0.0, "clip_high": 0.0},
     {"clip_high": 0.28, "dual_clip": 1.29},
     {"n": -1.0, "m": 1.0, "soft_clip": 1.0, "beta1": 0.0, "beta2": 0.0, "std_floor": 0.0},
@@ -259,6 +271,37 @@ def test_a_setting_may_be_at_the_edge_of_its_rule(settings):
 def test_a_dual_clip_inside_the_region_is_refused():
     with pytest.raises(ValueError, match=r"loss.dual_clip is 1.2, .* raise it above 1 \+ clip_high, or None"):
         LossConfig(clip_high=0.28, dual_clip=1.2)
+
+
+@pytest.mark.parametrize("settings", [
+    {"correct": 0.0},  # what a wrong answer is worth is not known before the method is
+    {"correct": 0.0, "incorrect": -0.5},
+    {"incorrect": 0.99, "no_think_end": 0.99, "no_think_start": 0.99},
+    {"incorrect": -1.0, "no_think_end": -0.5, "no_think_start": -2.0},  # a missing tag may be worth more or less than a wrong answer
+])  # fmt: skip
+def test_whatever_is_worth_less_than_a_right_answer_is_a_reward(settings):
+    assert RewardConfig(**settings)
+
+
+@pytest.mark.parametrize("settings, in_loss, in_reward", [
+    ({}, False, False),
+    ({"place": "reward"}, False, False),  # without a coefficient there is none anywhere
+    ({"coefficient": 0.1}, True, False),
+    ({"coefficient": 0.1, "place": "reward"}, False, True),
+])  # fmt: skip
+def test_a_kl_is_in_one_place_or_in_none(settings, in_loss, in_reward):
+    kl = KlConfig(**settings)
+    assert (kl.in_loss, kl.in_reward) == (in_loss, in_reward)
+
+
+@pytest.mark.parametrize("method", ["gspo", "gmpo"])
+def test_a_method_of_whole_sequences_refuses_a_correction_of_single_tokens(method):
+    loss = LossConfig(method=method)
+    for settings in ({"weights": "token"}, {"reject": "token"}, {"weights": "sequence", "reject": "token"}):
+        with pytest.raises(ValueError, match=rf"correction is \(.*'token'.*, but {method} takes a sequence as one .* use sequence or geometric"):
+            Config(loss=loss, correction=CorrectionConfig(**settings))
+        assert Config(correction=CorrectionConfig(**settings))  # the others see tokens
+    assert Config(loss=loss, correction=CorrectionConfig(weights="sequence", reject="geometric"))
 
 
 def test_k1_is_for_the_reward():

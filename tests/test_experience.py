@@ -11,6 +11,7 @@ from dgpo_jax.rl.experience import (
     group_size,
     join,
     lengths,
+    newest,
     no_groups,
     select,
     to_arrays,
@@ -66,6 +67,21 @@ def test_groups_are_chosen_with_everything_that_is_theirs(chosen, expected, size
 def test_choosing_no_group_leaves_none():
     for groups in ([], np.flatnonzero([False, False])):
         assert_same(select(make(4, 7), groups), no_groups(MAX_PROMPT, MAX_RESPONSE))
+
+
+@pytest.mark.parametrize("count, expected", [
+    (2, (7, 1)),
+    (3, (4, 7, 1)),
+    (5, (4, 7, 1)),  # there are no more
+])  # fmt: skip
+def test_the_newest_groups_are_the_last_in_their_order(count, expected):
+    assert_same(newest(make(4, 7, 1), count), make(*expected))
+
+
+def test_no_newest_groups_are_none():
+    nothing = no_groups(MAX_PROMPT, MAX_RESPONSE)
+    assert_same(newest(make(4, 7), 0), nothing)
+    assert_same(newest(nothing, 2), nothing)
 
 
 def test_joined_groups_stand_one_after_the_other():

@@ -14,19 +14,20 @@ from dgpo_jax.data.prompts import encode_prompts
 from dgpo_jax.learning import (
     complete_minibatches,
     compute_advantages,
-    first_gap,
     gap_metrics,
     in_baseline,
     in_loss,
     learn,
     make_minibatches,
     policy_metrics,
+    sampled_gap,
     score_responses,
     score_waiting,
     to_compute,
 )
 from dgpo_jax.recipe import resolve
 from dgpo_jax.rl.correction import Correction
+from dgpo_jax.rl.experience import join
 from dgpo_jax.rl.packing import split_groups
 from dgpo_jax.rl.update import LOSS_MAXIMA, LOSS_SUMS, StepFigures, Totals
 from dgpo_jax.sharding import make_mesh, to_device, to_host
@@ -215,7 +216,7 @@ def figures(tokens, ratio_max, skipped=0.0, **sums):
     sums = dict.fromkeys(LOSS_SUMS, 0.0) | {"tokens": tokens, "histogram": np.zeros(3)} | sums
     maxima = dict.fromkeys(LOSS_MAXIMA, -np.inf)
     if tokens:
-        maxima |= {"ratio": ratio_max, "minus_ratio": -0.5, "ratio_error": 0.25, "log_ratio_size": 0.75, "too_low_weight": ratio_max}
+        maxima |= {"ratio": ratio_max, "minus_ratio": -0.5, "ratio_error": 0.25, "too_low_weight": ratio_max}
     return Totals(sums, maxima), StepFigures(grad_norm=np.float32(tokens / 10), skipped=skipped)
 
 
@@ -225,7 +226,7 @@ def test_figures_per_token_are_means_over_the_tokens_of_all_updates():
                 kl_old=2.0, kl_ref=4.0, too_low_weight=1.0, histogram=np.array([0.0, 10.0, 0.0])),
         figures(30.0, 2.0, entropy=20.0, ratio=50.0, too_low=1.0, too_high=4.0, loss=0.1, supervised=0.1, clipped=5.0,
                 kl_old=2.0, kl_ref=0.0, too_low_weight=2.0, dual_clipped=2.0, histogram=np.array([10.0, 10.0, 10.0])),
-    ])  # fmt: skip
+    ], fresh=True, terms=["kl_ref", "supervised"])  # fmt: skip
     assert metrics["policy/tokens"] == 40
     assert metrics["policy/entropy"] == 1.0  # 40 / 40, where the mean of the two means would be 4/3
     assert metrics["policy/ratio_mean"] == 1.5
@@ -244,14 +245,22 @@ def test_figures_per_token_are_means_over_the_tokens_of_all_updates():
 
 
 def test_the_first_ratio_is_left_out_where_the_first_update_had_no_tokens():
-    metrics = policy_metrics([figures(0.0, None), figures(30.0, 2.0, ratio=30.0)])
+    metrics = policy_metrics([figures(0.0, None), figures(30.0, 2.0, ratio=30.0)], fresh=True)
     assert "policy/first_ratio_error" not in metrics  # the second update's would look like a fault
     assert metrics["policy/ratio_mean"] == 1.0 and metrics["policy/ratio_max"] == 2.0
 
 
 def test_the_first_ratio_is_left_out_where_other_weights_have_sampled():
+    assert "policy/first_ratio_error" in policy_metrics([figures(10.0, 1.25)], fresh=True)
     assert "policy/first_ratio_error" not in policy_metrics([figures(10.0, 1.25)], fresh=False)  # it is no fault there
-    assert first_gap([figures(10.0, 1.25)], fresh=False) == []
+
+
+@pytest.mark.parametrize("terms", [(), ("kl_ref",), ("supervised",), ("kl_ref", "supervised")])
+def test_a_term_is_reported_only_if_it_is_part_of_the_loss(terms):
+    # Also where it is 0: a run that never has a right response differs from one without the supervised term.
+    metrics = policy_metrics([figures(10.0, 1.25)], fresh=True, terms=terms)
+    assert {name for name in ("kl_ref", "supervised") if f"policy/{name}" in metrics} == set(terms)
+    assert all(metrics[f"policy/{name}"] == 0 for name in terms)
 
 
 def test_the_gap_is_a_mean_over_tokens_and_absent_without_them():
@@ -313,12 +322,14 @@ def test_only_a_kl_in_the_loss_has_the_reference_score(parts, programs_of, fresh
     params = fresh().params
     reference = jax.tree.map(lambda leaf: leaf * 1.5, params)
     programs, calls = counting_scores(programs_of("dgpo"))
-    batches, _ = completed(config_for(), parts, programs, params, experience)
-    assert not tokens_of(batches, "ref_logprobs").any() and not any(params_ is reference for params_, _ in calls)
-    batches, _ = completed(config_for(), parts, programs, params, experience, reference)
+    for off in ({}, {"coefficient": 0.1, "place": "reward"}):  # the second has a reference, for the rewards
+        batches, _ = completed(config_for(kl=off), parts, programs, params, experience, reference)
+        assert not tokens_of(batches, "ref_logprobs").any() and not any(params_ is reference for params_, _ in calls)
+    on = config_for(kl={"coefficient": 0.1})
+    batches, _ = completed(on, parts, programs, params, experience, reference)
     ours, other = tokens_of(batches, "old_logprobs"), tokens_of(batches, "ref_logprobs")
     assert (other < 0).all() and (other != ours).all()
-    batches, _ = completed(config_for(), parts, programs, params, experience, params)
+    batches, _ = completed(on, parts, programs, params, experience, params)
     np.testing.assert_array_equal(tokens_of(batches, "ref_logprobs"), ours)  # a reference that is the policy
 
 
@@ -351,27 +362,41 @@ def test_waiting_groups_are_scored_once_and_only_where_something_is_learned(part
     np.testing.assert_array_equal(untouched.old_logprobs, experience.rollout.logprobs)
 
 
-def test_with_the_samplers_logprobs_the_first_ratio_shows_the_gap(parts, programs_of, fresh, experience):
-    config, programs, params = config_for(old_logprobs="sampler"), programs_of("dgpo"), fresh().params
-    trainer = [
-        tokens_of(batches, "old_logprobs")
-        for batches in complete_minibatches(
-            config_for(), parts, programs, params, None, make_minibatches(config, parts, experience, ADVANTAGES, ITERATION)
-        )[0]
-        if batches
-    ]
-    _, metrics = learn(config, parts, programs, fresh(), known(experience), ADVANTAGES, ITERATION)
+def test_weights_that_give_no_number_are_not_taken_for_responses_yet_to_be_scored(parts, programs_of, fresh, experience):
+    broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), fresh().params)
+    with pytest.raises(ValueError, match=r"NaN as a log-probability; go back to an older checkpoint, or lower optimizer\.learning_rate"):
+        score_responses(config_for(), parts, programs_of("dgpo"), broken, experience, [0, 3])
+    with pytest.raises(ValueError, match="NaN as a log-probability"):
+        score_waiting(config_for(), parts, programs_of("dgpo"), broken, experience)
+
+
+def test_with_the_samplers_logprobs_the_first_ratio_shows_that_they_are_not_the_trainers(parts, programs_of, fresh, experience):
+    config = config_for(old_logprobs="sampler")
+    _, metrics = learn(config, parts, programs_of("dgpo"), fresh(), known(experience), ADVANTAGES, ITERATION)
     assert metrics["policy/first_ratio_error"] > 1  # exp(-5 + 9) - 1 and the like
-    # Measured on the first update's tokens, before the weights move.
-    assert metrics["gap/mean"] == pytest.approx(np.abs(trainer[0] + 9).mean(), rel=1e-5)
-    assert metrics["gap/max"] == pytest.approx(np.abs(trainer[0] + 9).max(), rel=1e-5)
+    assert not any(name.startswith("gap/") for name in metrics)  # which is measured where responses are collected
+
+
+def test_the_sampled_gap_is_of_all_responses_that_one_microbatch_holds(parts, programs_of, fresh, experience):
+    config, params = config_for(old_logprobs="sampler"), fresh().params
+    trainer = score_responses(config, parts, programs_of("dgpo"), params, experience, range(8))
+    gaps = np.abs(trainer + 9)[experience.rollout.response_mask]
+    metrics = sampled_gap(config, parts, programs_of("dgpo"), params, known(experience))
+    assert metrics["gap/mean"] == pytest.approx(gaps.mean(), rel=1e-5)  # those without an advantage too
+    assert metrics["gap/max"] == pytest.approx(gaps.max(), rel=1e-5)
     assert metrics["gap/weight_mean"] == metrics["gap/weight_max"] == 1 and metrics["gap/rejected"] == 0
+    # Of more than a microbatch holds, one is enough to see a sampler that is off.
+    programs, calls = counting_scores(programs_of("dgpo"))
+    many = functools.reduce(join, [known(experience)] * 4)
+    metrics = sampled_gap(config, parts, programs, params, many)
+    assert len(calls) == 1 and 25 < to_host(calls[0][1].loss_mask).sum() < 4 * 25
+    assert metrics["gap/max"] == pytest.approx(gaps.max(), rel=1e-5)
 
 
 def test_nothing_that_looks_like_a_fault_is_reported_of_experience_from_an_earlier_iteration(parts, programs_of, fresh, experience):
     stale = known(experience)._replace(iteration=np.array([ITERATION, ITERATION, ITERATION, ITERATION - 1], np.int32))
     _, metrics = learn(config_for(old_logprobs="sampler"), parts, programs_of("dgpo"), fresh(), stale, ADVANTAGES, ITERATION)
-    assert "policy/first_ratio_error" not in metrics and "gap/mean" not in metrics
+    assert "policy/first_ratio_error" not in metrics
     assert metrics["policy/tokens"] == 12
 
 
@@ -411,12 +436,12 @@ def test_a_kl_in_the_loss_moves_every_response_towards_the_reference(parts, fres
     config = config_for(updates=1, kl={"coefficient": 0.1})
     programs, reference = build.build_programs(config, parts), fresh().params
     away = fresh()._replace(params=jax.tree.map(lambda leaf: leaf * 1.5, reference))
-    _, metrics = learn(config, parts, programs, away, experience, 0 * ADVANTAGES, ITERATION, reference=reference)
+    _, metrics = learn(config, parts, programs, away, experience, 0 * ADVANTAGES, ITERATION, reference)
     assert metrics["optim/grad_norm"] > 0 and metrics["policy/loss"] == 0
     assert metrics["policy/tokens"] == 25 and metrics["policy/kl_ref"] > 0
     assert "policy/supervised" not in metrics
     # At the reference itself there is no pull.
-    _, metrics = learn(config, parts, programs, fresh(), experience, 0 * ADVANTAGES, ITERATION, reference=reference)
+    _, metrics = learn(config, parts, programs, fresh(), experience, 0 * ADVANTAGES, ITERATION, reference)
     assert metrics["optim/grad_norm"] < 1e-5 and metrics["policy/kl_ref"] < 1e-6
 
 
@@ -447,7 +472,7 @@ def test_updates_without_a_finite_gradient_are_skipped_and_counted_in_a_row(
     for number, groups in enumerate(groups_of_updates(config)):
         if broken_update in (number, "both"):
             advantages[groups] = np.nan
-    state, metrics = learn(config, parts, programs_of("dgpo"), fresh(), experience, advantages, ITERATION, skipped=before)
+    state, metrics = learn(config, parts, programs_of("dgpo"), fresh(), experience, advantages, ITERATION, None, before)
     skipped = {None: 0, "both": 2}.get(broken_update, 1)
     assert metrics["optim/skipped"] == skipped and metrics["optim/skipped_in_a_row"] == expected
     assert int(state.update) == 2 - skipped

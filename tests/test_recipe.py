@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from dgpo_jax.config import Config, LossConfig, RewardConfig, RolloutConfig, UpdateConfig, flatten
-from dgpo_jax.plan import recipe_line
-from dgpo_jax.recipe import method_settings, published, resolve
+from dgpo_jax.config import Config, KlConfig, LossConfig, RewardConfig, RolloutConfig, UpdateConfig, flatten
+from dgpo_jax.plan import recipe_line, warnings
+from dgpo_jax.recipe import ignored, method_settings, published, resolve
 from dgpo_jax.rl.losses import METHODS
 
 MAX_RESPONSE = 40
@@ -55,6 +55,7 @@ def test_what_is_left_open_becomes_what_was_published_and_nothing_else_changes(m
     assert resolved.loss.advantage == ("dr_grpo" if method == "dr_grpo" else "grpo")
     assert resolved.rollout.dynamic_sampling is (method == "dapo")
     assert resolved.reward.overlong_buffer == (8 if method == "dapo" else 0)  # a fifth of 40
+    assert resolved.reward.incorrect == (-1 if method == "dapo" else 0)
     before, after = flatten(config), flatten(resolved)
     assert {name: after[name] for name in after if before[name] is not None} == {
         name: value for name, value in before.items() if value is not None
@@ -76,6 +77,7 @@ def test_what_is_printed_is_exactly_what_was_left_open(method):
         "loss.advantage": "dr_grpo" if method == "dr_grpo" else "grpo",
         "rollout.dynamic_sampling": method == "dapo",
         "reward.overlong_buffer": 8 if method == "dapo" else 0,
+        "reward.incorrect": -1 if method == "dapo" else 0,
     } | ({"loss.aggregation_scale": MAX_RESPONSE} if method == "dr_grpo" else {})
 
 
@@ -88,7 +90,8 @@ GIVEN = {
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_what_is_given_wins(method):
     # The opposite of what each method would set, zeros and False included.
-    config = config_for(method, {"dynamic_sampling": method != "dapo"}, {"overlong_buffer": 0 if method == "dapo" else 3}, **GIVEN)
+    reward = {"overlong_buffer": 0, "incorrect": 0.0} if method == "dapo" else {"overlong_buffer": 3, "incorrect": -1.0}
+    config = config_for(method, {"dynamic_sampling": method != "dapo"}, reward, **GIVEN)
     assert resolve(config) == config
     assert published(config) == {}
 
@@ -98,8 +101,8 @@ def test_a_given_zero_is_not_taken_for_left_open():
     resolved = resolve(config)
     assert (resolved.loss.clip_low, resolved.loss.clip_high, resolved.loss.beta1) == (0, 0, 0)
     assert resolved.loss.beta2 == 1  # this one was open
-    dapo = resolve(config_for("dapo", {"dynamic_sampling": False}, {"overlong_buffer": 0}))
-    assert dapo.rollout.dynamic_sampling is False and dapo.reward.overlong_buffer == 0
+    dapo = resolve(config_for("dapo", {"dynamic_sampling": False}, {"overlong_buffer": 0, "incorrect": 0.0}))
+    assert dapo.rollout.dynamic_sampling is False and (dapo.reward.overlong_buffer, dapo.reward.incorrect) == (0, 0)
 
 
 @pytest.mark.parametrize("max_response, buffer", [
@@ -122,6 +125,9 @@ def test_dapos_penalty_begins_at_four_fifths_of_the_longest_response(max_respons
     ("dr_grpo", None, 17, 17),
     ("dgpo", "seq-mean-token-sum-norm", None, MAX_RESPONSE),  # by the aggregation, whoever asked for it
     ("dr_grpo", "token-mean", None, None),
+    ("dgpo", None, None, None),
+    ("gspo", None, None, None),  # seq-mean-token-mean
+    ("dgpo", None, 17, 17),  # given, though nothing reads it: what was given is kept
 ])  # fmt: skip
 def test_the_scale_of_the_aggregation_is_the_response_slots_where_it_is_read(method, aggregation, given, expected):
     resolved = resolve(config_for(method, aggregation=aggregation, aggregation_scale=given))
@@ -143,6 +149,63 @@ def test_the_rule_is_given_what_it_reads_and_nothing_else(method):
 ])  # fmt: skip
 def test_the_table_at_the_start_names_what_surrounds_the_rule(rollout, reward, loss, expected):
     assert recipe_line(resolve(config_for(rollout=rollout, reward=reward, **loss))) == expected
+
+
+@pytest.mark.parametrize("method, given, expected", [
+    ("grpo", {}, []),
+    ("grpo", {"clip_low": 0.1, "aggregation": "token-mean", "entropy": 0.1}, []),  # what all methods have is read by all
+    ("grpo", {"m": 3.0, "n": 2.0, "clip_low": 0.1}, ["loss.m", "loss.n"]),
+    ("dgpo", {"m": 3.0, "n": 2.0}, []),
+    ("reinforce", {"clip_low": 0.0}, ["loss.clip_low"]),  # a zero is given too
+    ("cispo", {"dual_clip": 3.0, "soft_clip": 2.0}, ["loss.dual_clip", "loss.soft_clip"]),
+])  # fmt: skip
+def test_settings_of_other_methods_are_found(method, given, expected):
+    config = config_for(method, **given)
+    assert ignored(config) == ignored(resolve(config)) == expected
+
+
+SPREAD = (
+    "dividing by a group's spread makes a small KL the whole advantage of a group that answers alike;"
+    " consider loss.advantage=dr_grpo, or kl.place=loss"
+)
+
+
+@pytest.mark.parametrize("method, loss, reward, kl, expected", [
+    ("grpo", {}, {}, {}, []),
+    ("dapo", {}, {}, {}, [
+        ("preset", "dapo is more than its loss; it sets rollout.dynamic_sampling, reward.overlong_buffer, reward.incorrect"),
+    ]),
+    ("dapo", {}, {"incorrect": 0.0, "overlong_buffer": 0}, {}, [("preset", "dapo is more than its loss; it sets rollout.dynamic_sampling")]),
+    ("dr_grpo", {"advantage": "rloo"}, {}, {}, [
+        ("preset", "dr_grpo is more than its loss; it sets loss.aggregation, loss.aggregation_scale"),
+    ]),
+    ("dr_grpo", {"advantage": "rloo", "aggregation": "token-mean"}, {}, {}, [
+        ("preset", "dr_grpo is more than its loss; it sets nothing that the config does not say"),
+    ]),
+    ("grpo", {"aggregation_scale": 7}, {}, {}, [("ignored", "loss.aggregation_scale, which grpo does not read")]),
+    ("grpo", {"m": 3.0, "n": 2.0}, {}, {}, [("ignored", "loss.m, loss.n, which grpo does not read")]),
+    ("grpo", {}, {}, {"coefficient": 0.1, "place": "reward"}, [("warning", SPREAD)]),
+    ("grpo", {"advantage": "dr_grpo"}, {}, {"coefficient": 0.1, "place": "reward"}, []),
+    ("grpo", {}, {}, {"coefficient": 0.1}, []),  # in the loss it is no part of an advantage
+    ("dr_grpo", {"tau_pos": 1.0}, {}, {"coefficient": 0.1, "place": "reward"}, [
+        ("preset", "dr_grpo is more than its loss; it sets loss.advantage, loss.aggregation, loss.aggregation_scale"),
+        ("ignored", "loss.tau_pos, which dr_grpo does not read"),
+    ]),
+])  # fmt: skip
+def test_the_plan_says_what_nobody_may_expect(method, loss, reward, kl, expected):
+    config = replace(config_for(method, reward=reward, **loss), kl=KlConfig(**kl))
+    rows = warnings(resolve(config), published(config))
+    # The settings of a preset come in the order of the config.
+    assert [(name, sorted(value.replace(",", " ").split())) for name, value in rows] == [
+        (name, sorted(value.replace(",", " ").split())) for name, value in expected
+    ]
+
+
+def test_a_right_answer_worth_no_more_than_the_published_wrong_one_is_refused():
+    # The config alone could not know: a wrong answer is worth 0, and -1 with DAPO.
+    with pytest.raises(ValueError, match=r"reward\.incorrect is 0\.0, .* reward\.correct is 0\.0"):
+        resolve(config_for("grpo", reward={"correct": 0.0}))
+    assert resolve(config_for("dapo", reward={"correct": 0.0})).reward.incorrect == -1
 
 
 def test_a_dual_clip_inside_the_published_region_is_refused():

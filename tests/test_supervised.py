@@ -1,5 +1,6 @@
 """What the warm start learns from."""
 
+import functools
 import json
 from dataclasses import replace
 
@@ -8,9 +9,14 @@ import numpy as np
 import pytest
 from tiny_config import get_config
 
-from dgpo_jax.build import build_parts
+from dgpo_jax import build
+from dgpo_jax.build import build_parts, build_state
+from dgpo_jax.checkpoint import Checkpoints
+from dgpo_jax.collecting import nothing_drawn
+from dgpo_jax.restart import restore
 from dgpo_jax.rl.update import Programs
-from dgpo_jax.sharding import to_host
+from dgpo_jax.sft import sft
+from dgpo_jax.sharding import make_mesh, to_host
 from dgpo_jax.supervised import solved_problems, supervised_update
 
 
@@ -51,3 +57,19 @@ def test_the_loss_is_the_mean_over_all_solution_tokens_of_the_minibatch():
         # As a policy update with every advantage 1, and not as its supervised term, which would count twice.
         assert all((batch.advantages == batch.loss_mask).all() and not batch.supervised.any() for batch in batches)
         batches.clear()
+
+
+def test_alone_it_leaves_what_train_goes_on_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+    config = get_config()
+    config = replace(config, data=replace(config.data, held_out=""), sft=replace(config.sft, updates=1))
+    assert sft(config, tmp_path) == {}  # nothing held out, nothing to report
+    parts = build_parts(config)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        start = restore(config, parts, checkpoints)
+    assert (start.done, start.skipped) == (0, 0)
+    np.testing.assert_equal(start.backlog, nothing_drawn(config))
+    # The weights have learned, the moments are those of a run that has not begun.
+    state, before = to_host(start.state), to_host(build_state(config, parts))
+    np.testing.assert_equal(state._replace(params=None), before._replace(params=None))
+    assert any((new != old).any() for new, old in zip(*map(jax.tree.leaves, (state.params, before.params)), strict=True))

@@ -97,6 +97,7 @@ def test_a_run_leaves_all_its_files(undisturbed):
     assert recorded["model"]["width"] == 32
     # What was left open is recorded as what was run.
     assert (recorded["loss"]["clip_high"], recorded["rollout"]["dynamic_sampling"]) == (0.28, False)
+    assert recorded["reward"]["incorrect"] == 0 and recorded["loss"]["aggregation_scale"] is None
 
 
 def names(folder):
@@ -110,7 +111,7 @@ def texts(path):
 def test_a_run_tells_its_story(undisturbed, folder):
     output = (folder / "undisturbed.log").read_text()
     for text in ("1 x cpu", "8 prompts x 4 samples = 32 responses", "dgpo (clip_low 0.2, clip_high 0.28,",
-                 "grpo advantages, token-mean", "loss.clip_low, loss.clip_high,", "first prompt, answer", "supervised warm start: 60",
+                 "grpo advantages, token-mean", "loss.clip_low 0.2, loss.clip_high 0.28,", "reward.incorrect 0.0", "first prompt, answer", "supervised warm start: 60",
                  "curves.png", "metrics.jsonl", "checkpoints/"):  # fmt: skip
         assert text in output
 

@@ -1,0 +1,65 @@
+"""What a checkpoint keeps of a run between two iterations."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from tiny_config import get_config
+
+from dgpo_jax import build
+from dgpo_jax.checkpoint import Checkpoints, peek
+from dgpo_jax.collecting import Backlog, nothing_drawn
+from dgpo_jax.restart import Progress, at_the_start, restore, save
+from dgpo_jax.sharding import make_mesh, to_host
+from dgpo_jax.types import Experience, Prompts, Rollout
+
+CONFIG = get_config()
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """On one device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+        return build.build_parts(CONFIG)
+
+
+def two_groups():
+    """Waiting groups of the config's shapes; no two responses are the same."""
+    rng, rollout = np.random.default_rng(0), CONFIG.rollout
+    responses, shape = 2 * rollout.group_size, (2 * rollout.group_size, rollout.max_response)
+    prompts = rng.integers(1, 100, (2, rollout.max_prompt)).astype(np.int32)
+    tokens, logprobs = rng.integers(1, 100, shape).astype(np.int32), rng.normal(size=shape).astype(np.float32)
+    return Experience(
+        Prompts(prompts, prompts > 50), Rollout(tokens, tokens > 50, logprobs, rng.random(responses) < 0.5),
+        np.where(tokens > 50, logprobs, np.nan).astype(np.float32), rng.random(responses) < 0.5,
+        rng.normal(size=responses).astype(np.float32), np.array([3, 4], np.int32),
+    )  # fmt: skip
+
+
+def test_a_run_begins_with_nothing_done_and_nothing_waiting():
+    start = at_the_start(CONFIG, "state")
+    assert (start.done, start.state, start.skipped, start.backlog.position) == (0, "state", 0, 0)
+    np.testing.assert_equal(start.backlog, nothing_drawn(CONFIG))
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_what_is_saved_comes_back(waits, parts, tmp_path):
+    state, waiting = build.build_state(CONFIG, parts), two_groups() if waits else nothing_drawn(CONFIG).waiting
+    progress = Progress(done=4, state=state, skipped=3, backlog=Backlog(40, waiting))
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, progress)
+        checkpoints.wait()
+        restored = restore(CONFIG, parts, checkpoints)
+    np.testing.assert_equal(to_host(restored.state), to_host(state))
+    assert (restored.done, restored.skipped, restored.backlog.position) == (4, 3, 40)
+    np.testing.assert_equal(restored.backlog, progress.backlog)
+    for ours, expected in zip(jax.tree.leaves(restored.backlog.waiting), jax.tree.leaves(waiting), strict=True):
+        assert ours.dtype == expected.dtype and ours.shape == expected.shape
+    assert peek(tmp_path) == (4, {"skipped_in_a_row": 3, "position": 40})
+
+
+def test_without_a_checkpoint_there_is_nothing_to_restore(parts, tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        assert restore(CONFIG, parts, checkpoints) is None

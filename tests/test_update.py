@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripted import Unigram
 from tiny import CONFIG, MESHES, rows_sharding, tiny_model, tiny_params
 
 from dgpo_jax.build import build_shardings
@@ -246,16 +247,6 @@ def test_only_log_probabilities_that_are_missing_are_filled_in(alone):
 
 
 # --- each term of the loss, by hand ---
-
-
-class Unigram:
-    """Logits that are the parameters, whatever came before: the gradient of a log-probability is onehot - softmax."""
-
-    def hidden(self, params, tokens, segment, position):
-        return jnp.ones((*tokens.shape, 1), jnp.float32), None
-
-    def unembedding(self, params):
-        return params["logits"][None]
 
 
 @functools.cache

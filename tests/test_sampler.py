@@ -13,7 +13,7 @@ from dgpo_jax.rl.logprobs import token_logprobs
 from dgpo_jax.rl.packing import pack, to_examples
 from dgpo_jax.rl.sampler import CDF_BLOCK, Draw, Sampling, draw_tokens, inverse_cdf, make_sampler, restrict
 from dgpo_jax.sharding import to_device, to_host
-from dgpo_jax.types import KVCache, Prompts, Rollout
+from dgpo_jax.types import Experience, KVCache, Prompts, Rollout
 
 STOP, PAD = 9, 0
 
@@ -317,14 +317,16 @@ def test_responses_of_the_real_model_stop_early_and_late(real):
 
 def test_logprobs_are_the_trainers(real):
     rollout = real[2]
-    examples = to_examples(left_padded(PROMPTS), rollout, np.ones(16, np.float32), range(16))
+    groups, ones = np.zeros(8, np.int32), np.ones(16, np.float32)
+    experience = Experience(left_padded(PROMPTS), rollout, rollout.logprobs, ones > 0, ones, groups)
+    examples = to_examples(experience, range(16), ones, ones, ones)
     (batch,) = pack(examples, rows=10, tokens_per_row=20)
     model, params = tiny_model(), tiny_params()
     hidden, _ = model.hidden(params, batch.tokens, batch.segment, batch.position)
     logprobs, _ = token_logprobs(hidden, model.unembedding(params), batch.tokens, temperature=0.8, chunk=8)
     assert batch.loss_mask.sum() == rollout.response_mask.sum() > 40
     assert batch.segment.max() > 1  # rows do hold several sequences
-    np.testing.assert_allclose(logprobs[batch.loss_mask], batch.old_logprobs[batch.loss_mask], atol=1e-5)
+    np.testing.assert_allclose(logprobs[batch.loss_mask], batch.sampler_logprobs[batch.loss_mask], atol=1e-5)
 
 
 def test_left_padding_and_neighbours_change_nothing(real):

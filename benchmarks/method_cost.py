@@ -3,7 +3,8 @@
     python benchmarks/method_cost.py [--config.model.width=256 ...]
 
 Every method takes the same batches of random tokens, in turns, so that whatever else the machine does slows all alike.
-Prints the median of each and its ratio to `reinforce`, which looks at no ratio and no region. The sizes are those of
+Prints the median of each and its ratio to `reinforce`, which looks at no ratio and no region; and, free of noise, how the
+floating-point operations and the memory traffic that XLA counts in one microbatch compare. The sizes are those of
 configs/smoke.py unless the command line says otherwise.
 """
 
@@ -24,7 +25,7 @@ from dgpo_jax.rl.packing import Example, pack
 from dgpo_jax.rl.update import take_update
 from dgpo_jax.sharding import to_device
 
-ROUNDS = 40  # timed updates of each method, after two that compile and warm up
+ROUNDS = 60  # timed updates of each method, after two that compile and warm up
 
 
 def main(arguments: list[str]) -> None:
@@ -45,10 +46,24 @@ def main(arguments: list[str]) -> None:
             if round_number >= 2:
                 seconds[name].append(time.perf_counter() - began)
     print(f"{len(batches)} microbatches of {batches[0].tokens.shape}, median of {ROUNDS} updates in turns\n")
-    print("| method | milliseconds | to reinforce, median of the paired ratios |\n|---|---|---|")
+    counted = {name: count(programs[name], state.params, batches[0]) for name in METHODS}
+    print("| method | milliseconds | to reinforce: median of the paired ratios | middle half of them | operations | traffic |")
+    print("|---|---|---|---|---|---|")
     for name, times in seconds.items():
         ratios = [own / other for own, other in zip(times, seconds["reinforce"], strict=True)]
-        print(f"| {name} | {1000 * statistics.median(times):.1f} | {statistics.median(ratios):.3f} |")
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        operations, traffic = (own / other for own, other in zip(counted[name], counted["reinforce"], strict=True))
+        print(
+            f"| {name} | {1000 * statistics.median(times):.1f} | {middle:.3f} | {low:.3f} to {high:.3f} |"
+            f" {operations:.4f} | {traffic:.4f} |"
+        )
+
+
+def count(programs, params, batch) -> tuple[float, float]:
+    """(floating-point operations, bytes of memory traffic) of one microbatch, as XLA counts them."""
+    compiled = programs.accumulate.lower(params, programs.zero(params), batch).compile()
+    costs = compiled.cost_analysis()
+    return costs["flops"], costs["bytes accessed"]
 
 
 def with_method(config: Config, name: str) -> Config:

@@ -177,6 +177,7 @@ def build_programs(config: Config, parts: Parts) -> Programs:
     """The programs of a policy update; the config is resolved."""
     loss = LossSettings(
         config.loss.method, method_settings(config), config.rollout.temperature, config.update.logprob_chunk,
+        max_log_ratio=config.loss.max_log_ratio,
         kl=config.kl.coefficient if config.kl.in_loss else 0.0, kl_estimator=config.kl.estimator, entropy=config.loss.entropy,
         correction=Correction(**asdict(config.correction)),
     )  # fmt: skip

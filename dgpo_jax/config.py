@@ -185,6 +185,7 @@ class LossConfig:
     aggregation: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"] | None = None  # what tokens weigh
     aggregation_scale: int | None = None  # tokens that seq-mean-token-sum-norm divides by; None = rollout.max_response
     advantage: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] | None = None  # dr_grpo = not divided by the group's spread
+    max_log_ratio: float = 20.0  # log-ratios are clamped to this, as in verl; the papers have no clamp, and up to 80 nothing overflows
     std_floor: float = 1e-6  # added to a standard deviation of rewards
     supervised: float = 0.0  # alpha: weight of -log p averaged over the tokens of right responses (Klear: 0.1); 0 = off
     entropy: float = 0.0  # weight of the entropy bonus; 0 = off
@@ -205,6 +206,7 @@ class LossConfig:
         check("soft_clip", lambda x: x >= 1, "a weight is 1 at ratio 1", "give 1 or more")
         check("dual_clip", lambda x: x > 1 + (self.clip_high or 0), "it lies above the region", "raise it above 1 + clip_high, or None")
         check("aggregation_scale", lambda x: x > 0, "the loss is divided by it", "give at least 1")
+        check("max_log_ratio", lambda x: 0 < x <= 80, "exp of it must be a float", "give more than 0, at most 80")
         for name in ("std_floor", "supervised", "entropy"):
             check(name, lambda x: x >= 0, "it is a weight or a floor", "give 0 or more")
 

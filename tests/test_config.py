@@ -193,6 +193,8 @@ BROKEN = [
     (LossConfig, "loss", "soft_clip", 0.5, "1 or more"),
     (LossConfig, "loss", "aggregation_scale", 0, "at least 1"),
     (LossConfig, "loss", "std_floor", -1e-6, "0 or more"),
+    (LossConfig, "loss", "max_log_ratio", 0.0, "at most 80"),
+    (LossConfig, "loss", "max_log_ratio", 90.0, "at most 80"),
     (LossConfig, "loss", "supervised", -0.1, "0 or more"),
     (LossConfig, "loss", "entropy", -0.1, "0 or more"),
     (LossConfig, "loss", "entropy", float("nan"), "0 or more"),

@@ -448,11 +448,12 @@ def test_a_kl_in_the_loss_moves_every_response_towards_the_reference(parts, fres
 def test_the_programs_are_built_with_every_setting_of_the_loss(parts, monkeypatch):
     monkeypatch.setattr(build, "make_programs", lambda model, optimizer, loss, shardings: loss)
     correction = {"weights": "token", "cap": 3.0, "reject": "geometric", "low": 0.25, "high": 4.0}
-    config = config_for(method="grpo", clip_low=0.1, entropy=0.01, kl={"coefficient": 0.1, "estimator": "k2"}, correction=correction)
+    config = config_for(method="grpo", clip_low=0.1, max_log_ratio=40.0, entropy=0.01,
+                        kl={"coefficient": 0.1, "estimator": "k2"}, correction=correction)  # fmt: skip
     loss = build.build_programs(config, parts)
     assert loss.method == "grpo" and loss.settings == {"clip_low": 0.1, "clip_high": 0.2, "dual_clip": None}
     assert (loss.temperature, loss.logprob_chunk) == (config.rollout.temperature, config.update.logprob_chunk)
-    assert (loss.kl, loss.kl_estimator, loss.entropy) == (0.1, "k2", 0.01)
+    assert (loss.kl, loss.kl_estimator, loss.entropy, loss.max_log_ratio) == (0.1, "k2", 0.01, 40.0)
     assert loss.correction == Correction(**correction)
     # In the reward it is not in the loss too.
     assert build.build_programs(config_for(kl={"coefficient": 0.1, "place": "reward"}), parts).kl == 0

@@ -280,6 +280,22 @@ def test_the_limits_of_the_weight_are_finite_and_as_the_papers_have_them(method,
     np.testing.assert_allclose(-gradient * advantages, [*weights, 0.0, 0.0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_wider_clamp_stays_finite_and_a_narrower_one_holds_ratios(method):
+    log_ratio, advantages = np.array([-100.0, -100.0, 100.0, 100.0]), np.array([1.0, -1.0, 1.0, -1.0])
+    for clamp in (80.0, 0.1):
+        loss, gradient = loss_and_gradient(method, log_ratio, np.zeros(4), advantages, max_log_ratio=clamp)
+        assert np.isfinite(loss).all() and np.isfinite(gradient).all()
+    # The value aside, which may hold a log-probability, nothing tells -100 from -0.1 at a clamp of 0.1.
+    near = loss_and_gradient(method, log_ratio / 1000, np.zeros(4), advantages)
+    np.testing.assert_allclose(gradient, near[1], rtol=1e-6)
+
+
+def test_plain_importance_weights_reach_as_far_as_the_clamp():
+    _, gradient = loss_and_gradient("dgpo", [30.0], [0.0], [-1.0], max_log_ratio=80.0)
+    np.testing.assert_allclose(gradient, math.exp(30), rtol=1e-5)
+
+
 def test_every_method_has_its_limits_tested():
     marks = test_the_limits_of_the_weight_are_finite_and_as_the_papers_have_them.pytestmark
     assert [case[0] for case in marks[0].args[1]] == list(METHODS)

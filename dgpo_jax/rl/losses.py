@@ -23,7 +23,7 @@ The weight g by method, L = 1 - clip_low, U = 1 + clip_high; where a cell is emp
     sapo                 4 s (1 - s) r with s = sigmoid(tau (r - 1)), everywhere
     reinforce            1 everywhere
 
-Three habits keep the rules finite and exact. The log-ratio is clamped to [-20, 20] before anything else. A rule chooses
+Three habits keep the rules finite and exact. The log-ratio is clamped, to [-20, 20] by default, before anything else. A rule chooses
 its exponent *before* the one exp: DGPO's two decay branches under a `where` of exps would turn gradients NaN as soon as
 the branch not taken overflows. Bounds are compared as log-ratios, where GSPO's 3e-4 keeps all its digits.
 """
@@ -85,14 +85,20 @@ class Method(NamedTuple):
     sequence_ratio: bool = False  # True: the rule sees at every token the mean log-ratio of the whole sequence
 
 
-def token_loss(method, logprobs, old_logprobs, advantages, segment=None, mask=None, **settings):
+def token_loss(
+    method, logprobs, old_logprobs, advantages, segment=None, mask=None, *, max_log_ratio=MAX_LOG_RATIO, **settings
+):
     """The policy loss of each token: f32[...], 0 where masked. As `policy_loss`; a mask of None counts every token."""
     mask = jnp.ones(logprobs.shape, bool) if mask is None else mask
-    losses, _, _ = policy_loss(method, logprobs, old_logprobs, advantages, segment, mask, **settings)
+    losses, _, _ = policy_loss(
+        method, logprobs, old_logprobs, advantages, segment, mask, max_log_ratio=max_log_ratio, **settings
+    )
     return losses
 
 
-def policy_loss(method, logprobs, old_logprobs, advantages, segment, mask, **settings):
+def policy_loss(
+    method, logprobs, old_logprobs, advantages, segment, mask, *, max_log_ratio=MAX_LOG_RATIO, **settings
+):
     """The policy loss of each token, and what the metrics are made of.
 
     Args:
@@ -103,6 +109,7 @@ def policy_loss(method, logprobs, old_logprobs, advantages, segment, mask, **set
         segment: i32[..., T], which sequence of its row a token belongs to, numbered from 1, 0 = padding; None = each row
             is one sequence. Only GSPO and GMPO read it.
         mask: bool[..., T], True where a token counts; elsewhere values may be anything, NaN included.
+        max_log_ratio: log-ratios are clamped to it, up and down; beyond 80 a rule's exp may overflow.
         **settings: clip_low, clip_high, n, m, dual_clip, ...; one left out or None takes the method's published value.
             Python numbers; a clip_low of 1 or more is no lower bound.
     Returns:
@@ -115,7 +122,7 @@ def policy_loss(method, logprobs, old_logprobs, advantages, segment, mask, **set
     rule, sequence_ratio = METHODS[method].rule, METHODS[method].sequence_ratio
     # Masking the inputs and not the loss: 0 * NaN in the backward pass is NaN.
     logprobs, old_logprobs, advantages = (jnp.where(mask, x, 0.0) for x in (logprobs, old_logprobs, advantages))
-    log_ratio = jnp.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = jnp.clip(logprobs - old_logprobs, -max_log_ratio, max_log_ratio)
     tokens = Tokens(*stop_gradient((log_ratio, logprobs, advantages)), segment, mask)
 
     seen = tokens._replace(log_ratio=sequence_mean(tokens.log_ratio, segment, mask)) if sequence_ratio else tokens

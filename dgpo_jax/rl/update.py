@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from dgpo_jax.rl.correction import Correction, correction_weights
-from dgpo_jax.rl.kl import kl_estimate
+from dgpo_jax.rl.kl import MAX_LOG_RATIO, kl_estimate
 from dgpo_jax.rl.logprobs import token_logprobs
 from dgpo_jax.rl.losses import Regions, Surrogate, Tokens, policy_loss, resolve_settings
 from dgpo_jax.types import TrainBatch, TrainState
@@ -33,6 +33,7 @@ class LossSettings(NamedTuple):
     settings: dict[str, float | None]  # of the method, as `losses.token_loss` takes them
     temperature: float
     logprob_chunk: int  # slots of a row whose logits are held at once
+    max_log_ratio: float = MAX_LOG_RATIO  # log-ratios are clamped to it
     kl: float = 0.0  # weight of the distance to the reference; 0 = batches need no reference
     kl_estimator: str = "k3"  # as `kl.kl_estimate` takes it
     entropy: float = 0.0  # weight of the entropy bonus
@@ -121,8 +122,9 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
         logprobs, entropy = logprobs_of(params, batch)
         logprobs, entropy = (jnp.where(batch.loss_mask, x, 0.0) for x in (logprobs, entropy))
         policy, tokens, surrogate = policy_loss(
-            loss.method, logprobs, batch.old_logprobs, batch.advantages, batch.segment, batch.loss_mask, **settings
-        )
+            loss.method, logprobs, batch.old_logprobs, batch.advantages, batch.segment, batch.loss_mask,
+            max_log_ratio=loss.max_log_ratio, **settings,
+        )  # fmt: skip
         total = jnp.sum(batch.weights * policy) - jnp.sum(batch.supervised * logprobs)
         kl = jnp.zeros_like(logprobs)
         if loss.kl:

@@ -24,7 +24,7 @@ from dgpo_jax.rl.sampler import TRAINING, Draw
 from dgpo_jax.rl.update import Programs
 from dgpo_jax.rollout import Responses, build_sampling, make_rollout, to_rows
 from dgpo_jax.session import Stopwatch
-from dgpo_jax.types import Experience, Rollout, Verdict
+from dgpo_jax.types import Experience, Verdict
 
 
 class Backlog(NamedTuple):
@@ -39,13 +39,12 @@ class Checked(NamedTuple):
 
     responses: Responses
     verdicts: Sequence[Verdict]  # B
-    rewards: np.ndarray  # f32[B]
-    correct: np.ndarray  # bool[B]; a right answer without the tags asked for is not, as it earns no more than others
+    experience: Experience
     mean_kl_charge: float = 0.0  # what a KL in the reward took off, on average
 
     def rows(self, number: int) -> list[dict]:
         """What is written to disk of it."""
-        return [{"draw": number} | row for row in to_rows(self.responses, self.verdicts, self.rewards)]
+        return [{"draw": number} | row for row in to_rows(self.responses, self.verdicts, self.experience.rewards)]
 
 
 def nothing_drawn(config: Config) -> Backlog:
@@ -74,13 +73,13 @@ def make_collect(
             responses = rollout(weights, parts.stream.take(position, settings.prompts), key)
         with stopwatch("verify"):
             verdicts = pool.score(responses.answers())
-            checked = Checked(responses, verdicts, *to_rewards(config, responses, verdicts))
+            experience = to_experience(config, responses, verdicts, key.iteration)
         if not config.kl.in_reward:
-            return checked
+            return Checked(responses, verdicts, experience)
         with stopwatch("update"):  # forward passes like those before an update
-            experience = to_experience(config, checked, key.iteration)
             charge = kl_charge(config, parts, programs, params, reference, experience)
-        return checked._replace(rewards=checked.rewards - charge, mean_kl_charge=float(charge.mean()))
+        experience = experience._replace(rewards=experience.rewards - charge)
+        return Checked(responses, verdicts, experience, mean_kl_charge=float(charge.mean()))
 
     def collect(params, backlog: Backlog, iteration: int, stopwatch: Stopwatch):
         position, waiting = backlog
@@ -92,7 +91,7 @@ def make_collect(
             key = Draw(config.seed, TRAINING, iteration, len(draws) * settings.prompts)
             draws.append(draw(params, weights, position, key, stopwatch))
             position += settings.prompts
-            experience = to_experience(config, draws[-1], iteration)
+            experience = draws[-1].experience
             teaching = np.ones(settings.prompts, bool)
             if settings.dynamic_sampling:
                 teaching = ~alike(by_group(experience, experience.correct), in_baseline(config, experience))
@@ -122,7 +121,12 @@ def make_collect(
 
 
 def to_rewards(config: Config, responses: Responses, verdicts: Sequence[Verdict]) -> tuple[np.ndarray, np.ndarray]:
-    """(rewards f32[B]: the answer's worth, or that of a missing tag in its place, less the penalty for length; correct bool[B])."""
+    """What responses are worth, and which are right.
+
+    Returns:
+        (rewards f32[B]: the answer's worth, or that of a missing tag in its place, less the penalty for length;
+        correct bool[B]: not so without the tags asked for, since it then earns no more than others).
+    """
     settings = config.reward
     answers = [settings.correct if verdict.correct else settings.incorrect for verdict in verdicts]
     formats = format_rewards(config, responses)
@@ -148,13 +152,14 @@ def overlong_penalties(config: Config, length: np.ndarray) -> np.ndarray:
     )
 
 
-def to_experience(config: Config, checked: Checked, iteration: int) -> Experience:
+def to_experience(config: Config, responses: Responses, verdicts: Sequence[Verdict], iteration: int) -> Experience:
     """What updates need of a draw."""
-    prompts, rollout = checked.responses.prompts, checked.responses.rollout
+    prompts, rollout = responses.prompts, responses.rollout
+    rewards, correct = to_rewards(config, responses, verdicts)
     known = config.update.old_logprobs == "sampler"
     old_logprobs = rollout.logprobs if known else np.full_like(rollout.logprobs, np.nan)
     stamp = np.full(len(prompts.tokens), iteration, np.int32)
-    return Experience(prompts, rollout, old_logprobs, checked.correct, checked.rewards, stamp)
+    return Experience(prompts, rollout, old_logprobs, correct, rewards, stamp)
 
 
 def kl_charge(config: Config, parts: Parts, programs: Programs, params, reference, experience: Experience) -> np.ndarray:
@@ -172,27 +177,23 @@ def kl_charge(config: Config, parts: Parts, programs: Programs, params, referenc
 def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:
     """Figures of all that was sampled in an iteration, whether learned from or not."""
 
-    def grouped(per_response: np.ndarray) -> np.ndarray:
-        return per_response.reshape(-1, config.rollout.group_size)
+    def gives_no_advantage(experience: Experience) -> np.ndarray:
+        return alike(by_group(experience, experience.rewards), in_baseline(config, experience))
 
-    def counted(rollout: Rollout) -> np.ndarray:
-        return grouped(~(rollout.truncated & (config.reward.truncated == "drop")))
-
+    experiences = [checked.experience for checked in draws]
     length = np.concatenate([checked.responses.lengths for checked in draws])
-    correct = np.concatenate([grouped(checked.correct) for checked in draws])
-    rollouts = [checked.responses.rollout for checked in draws]
+    correct = np.concatenate([by_group(experience, experience.correct) for experience in experiences])
+    rollouts = [experience.rollout for experience in experiences]
     logprobs = sum(rollout.logprobs[rollout.response_mask].sum(dtype=np.float64) for rollout in rollouts)
     figures = {
-        "reward/mean": float(np.mean([checked.rewards for checked in draws])),
-        "reward/groups_alike": float(
-            np.mean([alike(grouped(checked.rewards), counted(checked.responses.rollout)) for checked in draws])
-        ),
+        "reward/mean": float(np.mean([experience.rewards for experience in experiences])),
+        "reward/groups_alike": float(np.mean([gives_no_advantage(experience) for experience in experiences])),
         "reward/groups_all_right": float(correct.all(axis=1).mean()),
         "reward/groups_all_wrong": float((~correct).all(axis=1).mean()),
         "rollout/responses": float(len(length)),
         "rollout/response_length": float(length.mean()),
         "rollout/response_length_max": float(length.max()),
-        "rollout/prompt_length": float(np.mean([checked.responses.prompts.mask.sum(axis=1) for checked in draws])),
+        "rollout/prompt_length": float(np.mean([experience.prompts.mask.sum(axis=1) for experience in experiences])),
         "rollout/truncated": float(np.mean([rollout.truncated for rollout in rollouts])),
         "rollout/tokens": float(length.sum()),
         # Of all responses, in nats per token; policy/entropy is of those learned from.

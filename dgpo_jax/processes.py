@@ -115,12 +115,18 @@ def why_failed(job: Job, code: int) -> str:
     return (errors or lines or [f"exit code {code}, no output"])[-1]
 
 
+def die_with(parent: int) -> None:
+    """Has the kernel kill this process when `parent`, which started it, ends (Linux; elsewhere nothing). Outlives an exec."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        sys.exit(1)
+
+
 def main(parent: int, cores: list[int], command: list[str]) -> None:
     """In the child: becomes `command`."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # outlives the exec
-        if os.getppid() != parent:  # it died before the line above
-            sys.exit(1)
+    die_with(parent)
     if cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, cores)  # XLA starts as many threads as it finds cores
     os.execvp(command[0], command)

@@ -4,14 +4,12 @@ One JSON line in, [answer, extracted]; one JSON line out, the status. The first 
 standard input closes, and the kernel kills it if its parent dies in the middle of an answer (Linux).
 """
 
-import ctypes
 import json
-import os
 import resource
 import signal
 import sys
 
-_PR_SET_PDEATHSIG = 1
+from dgpo_jax.processes import die_with
 
 
 def main(memory_mb, parent):
@@ -31,9 +29,7 @@ def _restrict(memory_mb, parent):
         _, ceiling = resource.getrlimit(resource.RLIMIT_AS)  # of the shell or the batch system, which nobody may raise
         memory = memory_mb * 2**20 if ceiling == resource.RLIM_INFINITY else min(memory_mb * 2**20, ceiling)
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the line above
-            sys.exit(1)
+    die_with(parent)
 
 
 def _status(answer, extracted):

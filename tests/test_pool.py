@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_jax.rewards import pool as pool_module
+from dgpo_jax.rewards import workers as workers_module
 from dgpo_jax.rewards.pool import VerifierPool
 from dgpo_jax.types import Problem
 
@@ -23,7 +23,7 @@ SLOW = ("x+1", r"\boxed{1+x}")  # needs the parser, so it goes to a worker
 
 def ready_pool():
     pool = VerifierPool(workers=2, deadline_s=2.0)
-    assert all(feeder.ready.wait(60) for feeder in pool._feeders)
+    assert pool.wait_started(60)
     return pool
 
 
@@ -117,7 +117,7 @@ def test_an_answer_whose_worker_is_killed_gets_a_second_worker():
 
 
 def test_an_answer_that_kills_two_workers_is_crashed(monkeypatch):
-    start = pool_module._Feeder._ensure_process
+    start = workers_module._Feeder._ensure_process
     deaths = []
 
     def start_then_die(feeder):
@@ -129,7 +129,7 @@ def test_an_answer_that_kills_two_workers_is_crashed(monkeypatch):
 
     with VerifierPool(workers=1) as pool:
         pool.score([SLOW])
-        monkeypatch.setattr(pool_module._Feeder, "_ensure_process", start_then_die)
+        monkeypatch.setattr(workers_module._Feeder, "_ensure_process", start_then_die)
         verdicts = pool.score([("z+1", r"\boxed{1+z}"), ("z+2", r"\boxed{2+z}")])
     assert [verdict.status for verdict in verdicts] == ["crashed", "correct"]  # and the pool goes on
 
@@ -143,7 +143,7 @@ def test_a_worker_that_could_not_be_started_is_started_for_the_first_answer(monk
             raise BlockingIOError(11, "Resource temporarily unavailable")
         return start(*arguments, **options)
 
-    monkeypatch.setattr(pool_module.subprocess, "Popen", out_of_processes_at_first)
+    monkeypatch.setattr(workers_module.subprocess, "Popen", out_of_processes_at_first)
     with VerifierPool(workers=1) as pool:
         assert pool.submit(*SLOW).result(timeout=30).correct
 
@@ -170,9 +170,9 @@ def test_a_trainer_may_have_more_than_a_thousand_open_files():
 
 def test_a_lower_memory_limit_of_the_shell_is_kept():
     script = (
-        "import os, resource; from dgpo_jax.rewards import worker\n"
+        "import os, resource; from dgpo_jax.rewards import workers\n"
         "resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))\n"
-        "worker._restrict(2048, os.getppid()); print(resource.getrlimit(resource.RLIMIT_AS)[0])"
+        "workers.restrict(2048, os.getppid()); print(resource.getrlimit(resource.RLIMIT_AS)[0])"
     )
     output = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert int(output) == 2**30
@@ -180,20 +180,17 @@ def test_a_lower_memory_limit_of_the_shell_is_kept():
 
 def test_a_worker_refuses_memory_beyond_its_limit():
     worker = subprocess.run(
-        [sys.executable, "-c", "import os; from dgpo_jax.rewards import worker; worker._restrict(256, os.getppid()); bytearray(2**30)"],
+        [sys.executable, "-c", "import os; from dgpo_jax.rewards import workers; workers.restrict(256, os.getppid()); bytearray(2**30)"],
         cwd=ROOT, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert worker.returncode == 1 and "MemoryError" in worker.stderr
 
 
-def test_an_answer_out_of_memory_is_crashed(monkeypatch):
-    from dgpo_jax.rewards import math, worker
-
+def test_an_answer_out_of_memory_is_crashed():
     def exhausted(answer, extracted):
         raise MemoryError
 
-    monkeypatch.setattr(math, "slow_status", exhausted)
-    assert worker._status("1", "2") == "crashed"
+    assert workers_module.attempt(exhausted, ["1", "2"]) == "crashed"
 
 
 def test_no_process_thread_or_file_descriptor_is_left_after_close():

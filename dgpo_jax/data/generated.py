@@ -170,15 +170,15 @@ class GeneratedProblems(Sequence):
     """
 
     def __init__(self, kind, size, seed=0, *, split="train", low=None, high=None, operations="", slips=0.0, unmarked=0.0):
-        _check_choice("generated problems", kind, KINDS)
-        _check_choice("split", split, SPLITS)
+        check_choice("generated problems", kind, KINDS)
+        check_choice("split", split, SPLITS)
         self.kind, self.size, self.seed, self.split = kind, size, seed, split
         self.material = KINDS[kind]
         self.low = self.material.low if low is None else low
         self.high = self.material.high if high is None else high
         self.operations = [name.strip() for name in operations.split(",")] if operations else [*self.material.templates]
         for name in self.operations:
-            _check_choice("operations", name, self.material.templates)
+            check_choice("operations", name, self.material.templates)
         self.slips, self.unmarked = slips, unmarked
         self._check_numbers()
 
@@ -210,7 +210,7 @@ class GeneratedProblems(Sequence):
             [self.seed, SPLITS.index(self.split), index])))
         for _ in range(TRIES):  # one in TEST_SHARE succeeds for the held-out split
             operation, number, x, y = self._draw_question(random)
-            if _split_of(f"{self.kind}/{operation}/{number}/{x}/{y}") == self.split:
+            if split_of(f"{self.kind}/{operation}/{number}/{x}/{y}") == self.split:
                 return self._write(index, operation, number, x, y, random)
         raise ValueError(
             f"numbers {self.low}..{self.high} of {', '.join(self.operations)} leave no problem for the {self.split} split;"
@@ -251,12 +251,12 @@ class GeneratedProblems(Sequence):
         return sign, calculate(first, second)
 
 
-def _split_of(key):
+def split_of(key):
     """Train or test by a hash of the text, the same on every machine and Python (the built-in hash is not)."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest, "little") % TEST_SHARE == 0 else "train"
 
 
-def _check_choice(what, value, choices):
+def check_choice(what, value, choices):
     if value not in choices:
         raise ValueError(f"{what}: {value!r} is not one of {', '.join(choices)}; choose one of these.")

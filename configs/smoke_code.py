@@ -1,0 +1,45 @@
+"""Programs as answers, on a laptop: a tiny model learns to write Python that passes tests. Nothing is downloaded.
+
+    python -m dgpo_jax.train --config=configs/smoke_code.py
+
+Needs bubblewrap (Debian: apt install bubblewrap), in which the programs run without network and files. Without it,
+--config.code.sandbox=rlimits runs them with limits on time and memory only; they could then read and delete your files.
+
+Hardware: 2 CPU cores. Expected: see benchmarks/RESULTS.md.
+The problems are small and of forty kinds (data/coding.py). A short warm start on worked solutions leaves a model that
+writes programs, many of them wrong; a response earns the share of its tests that it passes (docs/code_rewards.md).
+"""
+
+from dgpo_jax.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    SftConfig,
+    UpdateConfig,
+)
+
+
+def get_config() -> Config:
+    """The settings of the run; the command line can change any of them."""
+    return Config(
+        name="smoke_code",
+        iterations=20,
+        model=ModelConfig(
+            vocab_size=192, width=128, layers=4, heads=4, key_heads=2, head_width=32, mlp_width=512,
+            initializer_std=0.08, remat="none",
+        ),
+        data=DataConfig(
+            train="builtin:coding/train", held_out="builtin:coding/test", tokenizer="builtin:words", template="plain",
+            size=2000, too_long="drop",
+        ),
+        rollout=RolloutConfig(prompts=16, group_size=8, max_prompt=256, max_response=240),
+        update=UpdateConfig(updates=4, tokens_per_row=512, tokens_per_device=4096, logprob_chunk=256),
+        optimizer=OptimizerConfig(learning_rate=2e-4, warmup_iterations=2, beta2=0.99, weight_decay=0.0),
+        sft=SftConfig(updates=200, examples=32, learning_rate=3e-3, checkpoint_every=50),
+        eval=EvalConfig(every=5, problems=64, samples=4),
+        checkpoint=CheckpointConfig(every=5),
+    )  # fmt: skip

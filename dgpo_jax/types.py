@@ -19,21 +19,33 @@ class Problem(NamedTuple):
 
     id: str  # unique within its source
     problem: str  # the question, as text
-    answer: str  # the reference answer, never empty
+    answer: str  # the reference answer; empty only where `checker` does not read it
     source: str  # which set it comes from
     solution: str = ""  # a worked solution, for supervised warm starts
+    checker: str = "math"  # who judges a response: one of CHECKERS
+    tests: str = ""  # JSON, what "code" or "gym" judges by; see rewards/code.py and rewards/gym.py
+    tolerance: float = 1e-6  # relative distance at which a rounded decimal is still right; for "math"
+
+
+CHECKERS = ("math", "code", "gym")
 
 
 class Verdict(NamedTuple):
-    """What the answer checker says about one response."""
+    """What the checker says about one response."""
 
     status: str  # one of STATUSES
-    extracted: str | None  # the answer found in the response; None where there was none
+    extracted: str | None  # the answer, or the program, found in the response; None where there was none
+    share: float | None = None  # of a graded answer: tests passed, or reasoning-gym's score, 0 to 1; None = right or not
 
     @property
     def correct(self) -> bool:
-        """True only for a checked, right answer."""
+        """True only for a checked, wholly right answer."""
         return self.status == "correct"
+
+    @property
+    def score(self) -> float:
+        """0 to 1: how right it is."""
+        return float(self.correct) if self.share is None else self.share
 
 
 # Only the first two are judgements of the answer; the others are counted apart, so that a broken checker shows.
@@ -62,7 +74,7 @@ class Experience(NamedTuple):
     prompts: Prompts  # [Q, P]
     rollout: Rollout  # [B, R]
     old_logprobs: Array  # f32[B, R], of the weights that sampled; NaN where the trainer has yet to compute them
-    correct: Array  # bool[B]
+    scores: Array  # f32[B], 0 to 1 as the checker says, 1 = right; 0 without the tags asked for
     rewards: Array  # f32[B]
     iteration: Array  # i32[Q], in which the group was sampled
 

@@ -1,14 +1,14 @@
-"""Problems: generated ones, JSON lines, TFDS, and the stream that a resumed run must continue exactly."""
+"""Problems: generated ones, JSON lines, several sources at once, and the stream that a resumed run must continue exactly."""
 
 import json
 import re
-import subprocess
 import sys
+import types
 
 import pytest
 
 from dgpo_jax.data.generated import KINDS, OPERATIONS, GeneratedProblems
-from dgpo_jax.data.problems import ProblemStream, load_problems, read_jsonl
+from dgpo_jax.data.problems import ProblemStream, fingerprint, load_problems
 from dgpo_jax.types import Problem
 
 TOM = {"problem": "2 + 2?", "answer": "4"}
@@ -91,13 +91,68 @@ def test_numbers_that_leave_no_held_out_problem_are_an_error_and_no_endless_sear
 def test_a_source_names_its_split():
     assert load_problems("generated:words/test", size=3)[0].id == "words-test-0-0"
     assert load_problems("generated:words", size=3)[0].id == "words-train-0-0"
-    with pytest.raises(ValueError, match="not generated:KIND/SPLIT"):
+    with pytest.raises(ValueError, match="'gsm8k' is not generated:KIND/SPLIT, builtin:coding/SPLIT, gym:NAME/SPLIT, tfds:"):
         load_problems("gsm8k")
+
+
+# (source, the arguments that the maker is called with)
+MADE = [
+    ("builtin:coding/test", ("test", 7, 3)),
+    ("builtin:coding", ("train", 7, 3)),
+    ("gym:chain_sum/test", ("chain_sum", "test", 7, 3)),
+    ("gym:chain_sum(min_terms=2,max_terms=3),gcd", ("chain_sum(min_terms=2,max_terms=3),gcd", "train", 7, 3)),
+    ("gym:odd(path=a/b)", ("odd(path=a/b)", "train", 7, 3)),  # a slash among the settings is no split
+    ("gym:odd(path=a/b)/test", ("odd(path=a/b)", "test", 7, 3)),
+]
+
+
+@pytest.mark.parametrize("source, expected", MADE)
+def test_sources_that_are_made_get_name_split_size_and_seed(monkeypatch, source, expected):
+    def remember(*arguments):
+        return [Problem("1", "?", "1", str(arguments))]
+
+    for module, function in (("coding", "coding_problems"), ("gym", "gym_problems")):
+        stand_in = types.SimpleNamespace(**{function: remember})
+        monkeypatch.setitem(sys.modules, f"dgpo_jax.data.{module}", stand_in)
+    assert load_problems(source, size=7, seed=3)[0].source == str(expected)
+
+
+def test_there_is_one_built_in_set():
+    with pytest.raises(ValueError, match="builtin:maths/test: no built-in set 'maths'; the only one is coding"):
+        load_problems("builtin:maths/test")
+
+
+def test_sources_joined_by_a_plus_are_read_one_after_the_other(tmp_path):
+    path = write_lines(tmp_path / "set.jsonl", TOM, {**TOM, "id": "b"})
+    joined = load_problems(f"{path} + generated:words/test + {write_lines(tmp_path / 'more.jsonl', TOM)}", size=3)
+    assert [p.id for p in joined] == ["set-1", "b", "words-test-0-0", "words-test-0-1", "words-test-0-2", "more-1"]
+    assert len(joined) == 6 and joined[-1].id == "more-1" and [p.id for p in joined[1:3]] == ["b", "words-test-0-0"]
+    assert [p.id for p in ProblemStream(joined, 0).take(0, 6)] != [p.id for p in joined]
+    with pytest.raises(IndexError):
+        joined[6]
+
+
+def test_an_id_that_two_sources_share_is_refused_with_both(tmp_path):
+    one, other = (write_lines(tmp_path / f"{name}.jsonl", {**TOM, "id": "same"}) for name in ("one", "other"))
+    with pytest.raises(ValueError, match=r"id 'same' is in .*one.jsonl and in .*other.jsonl; ids must be unique"):
+        load_problems(f"{one} + {other}")
+
+
+def test_a_fingerprint_changes_with_what_a_score_depends_on_and_with_nothing_else():
+    problem = Problem("1", "2 + 2?", "4", "s", tests="[]")
+    ours = fingerprint([problem, problem._replace(id="2")])
+    same = [problem._replace(source="t", solution="w", tolerance=0.1), problem._replace(id="2")]
+    assert fingerprint(same) == ours and len(ours) == 64
+    for field in ("id", "problem", "answer", "tests"):
+        assert fingerprint([problem._replace(**{field: "x"}), problem._replace(id="2")]) != ours
+    assert fingerprint([problem]) != ours != fingerprint([problem._replace(id="2"), problem])
+    # sha256 of the line ["1", "2 + 2?", "4", "[]"], by hand with sha256sum
+    assert fingerprint([problem]) == "1c7b47e0c381f14446aab134c0e6430a8c517a582be503a8cb35cbb5ef569cd9"
 
 
 def test_json_lines_are_read_with_defaults_for_what_is_optional(tmp_path):
     path = write_lines(tmp_path / "set.jsonl", TOM, {"question": "x", **TOM, "id": "b", "source": "s", "solution": "w"})
-    assert read_jsonl(path) == [
+    assert load_problems(str(path)) == [
         Problem("set-1", "2 + 2?", "4", "set", ""),
         Problem("b", "2 + 2?", "4", "s", "w"),
     ]
@@ -108,6 +163,21 @@ def test_json_lines_may_use_other_field_names_numbers_blank_lines_and_a_byte_ord
     path.write_bytes(b'\xef\xbb\xbf{"q": "2 + 2?", "a": 4}\r\n\r\n{"q": "half?", "a": 0.5}')
     problems = load_problems(str(path), problem_field="q", answer_field="a")
     assert [(p.id, p.answer) for p in problems] == [("set-1", "4"), ("set-3", "0.5")]
+
+
+def test_a_row_may_say_how_it_is_checked(tmp_path):
+    tests = {"inputs": ["1\n"], "outputs": ["é\n"]}
+    path = write_lines(
+        tmp_path / "set.jsonl",
+        {"problem": "write", "checker": "code", "tests": tests},  # an object is kept as JSON; no answer is needed
+        {"problem": "write", "answer": None, "checker": "code", "tests": json.dumps(tests)},
+        {**TOM, "tolerance": 0.01, "checker": None, "tests": None, "solution": None},  # null is as if it were absent
+    )
+    first, second, third = load_problems(str(path))
+    assert (first.answer, first.checker, json.loads(first.tests), json.loads(second.tests)) == ("", "code", tests, tests)
+    assert "é" in first.tests and second.answer == ""
+    assert (third.checker, third.tests, third.tolerance, third.solution) == ("math", "", 0.01, "")
+    assert first.tolerance == Problem("", "", "", "").tolerance
 
 
 @pytest.mark.parametrize(
@@ -125,10 +195,21 @@ def test_json_lines_may_use_other_field_names_numbers_blank_lines_and_a_byte_ord
         (b'{"problem": "a", "answer": null}', "answer is null; it must be text or a number"),
         (b'{"problem": "a", "answer": [1]}', "answer is [1]; it must be text or a number"),
         (b'{"problem": "a", "answer": NaN}', "answer is NaN; it must be text or a number"),
+        (b'{"problem": "a", "answer": true}', "answer is true; it must be text or a number"),
         (
             b'{"id": 1, "problem": "a", "answer": 1}\n{"id": "1", "problem": "b", "answer": 1}',
-            ":2: id '1' was used on line 1",
+            "set.jsonl:2: id '1' was used at ",
         ),
+        (b'{"problem": "a", "answer": "", "checker": "maths"}', 'checker is "maths"; it must be one of math, code, gym'),
+        (b'{"problem": "a", "answer": "", "checker": "math"}', "answer is \"\"; it must not be empty"),
+        (b'{"problem": "a", "checker": "code"}', "checker is 'code' but tests is empty"),
+        (b'{"problem": "a", "checker": "code", "tests": "assert"}', 'tests is "assert", which is not JSON'),
+        (b'{"problem": "a", "answer": 1, "tests": 3.5, "tolerance": 1}', "tolerance is 1; it is a relative distance"),
+        (b'{"problem": "a", "answer": 1, "tolerance": NaN}', "tolerance is NaN; it is a relative distance"),
+        (b'{"problem": "a", "answer": 1, "tolerance": -0.1}', "tolerance is -0.1; it is a relative distance"),
+        (b'{"problem": "a", "answer": 1, "tolerance": "0.1"}', 'tolerance is "0.1"; it is a relative distance'),
+        (b'{"problem": "a \\ud83d", "answer": 1}', "problem holds \\ud83d at character 2, half of a surrogate pair"),
+        (b'{"problem": ' + b"[" * 100_000, "set.jsonl:1: n"),  # "nested too deeply" or "not JSON", by the version of Python
     ],
 )
 def test_a_faulty_json_line_is_refused_with_its_place(tmp_path, content, message):
@@ -174,38 +255,3 @@ def test_more_problems_can_be_taken_than_there_are():
 def test_an_impossible_stream_is_refused(call):
     with pytest.raises(ValueError):
         call()
-
-
-TFDS_SCRIPT = """
-import sys
-from dgpo_jax.data.problems import load_problems
-problems = load_problems("tfds:gsm8k/test", data_dir=sys.argv[1], manual_dir=sys.argv[2])
-assert [problem.answer for problem in problems[:]] == ["1200", "-3"], problems[:]
-assert problems[1].problem == "Café?" and problems[-1].id == "gsm8k-test-0001"
-assert problems[0].solution == "1000+200=1,200\\n#### 1,200"
-assert len(load_problems("tfds:gsm8k", data_dir=sys.argv[1])) == 1  # built already: no file is looked for
-for module in ("tensorflow", "jax", "flax", "torch"):
-    assert module not in sys.modules, module
-"""
-
-
-def test_gsm8k_is_built_from_files_fetched_by_hand_without_tensorflow(tmp_path):
-    rows = [{"question": "How much?", "answer": "1000+200=1,200\n#### 1,200"}, {"question": "Café?", "answer": "#### -3"}]
-    write_lines(tmp_path / "train.jsonl", rows[0])
-    write_lines(tmp_path / "test.jsonl", *rows)
-    command = [sys.executable, "-c", TFDS_SCRIPT, str(tmp_path / "built"), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-@pytest.mark.parametrize(
-    "source, message",
-    [
-        ("tfds:gsm8", "tfds:gsm8: no such set; choose one of gsm8k"),
-        ("tfds:gsm8k/validation", "no such split; choose one of train, test"),
-        ("tfds:gsm8k/train", "train.jsonl: no such file; fetch it from https://"),
-    ],
-)
-def test_a_tfds_source_that_cannot_be_read_is_refused(tmp_path, source, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        load_problems(source, data_dir=str(tmp_path), manual_dir=str(tmp_path))

@@ -1,16 +1,22 @@
-"""Where problems come from (generated, JSON lines, TFDS), and the endless shuffled stream that a run reads."""
+"""Where problems come from, one line of text each, and the endless shuffled stream that a run reads."""
 
-import difflib
+import hashlib
 import json
-import math
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from dgpo_jax.data.folders import find_files
 from dgpo_jax.data.generated import GeneratedProblems
+from dgpo_jax.data.rows import OPTIONAL, LazyProblems, to_problem
+from dgpo_jax.data.tables import SUFFIXES, read_rows
 from dgpo_jax.types import Problem
+
+FORMS = (
+    "generated:KIND/SPLIT, builtin:coding/SPLIT, gym:NAME/SPLIT, tfds:NAME/SPLIT, a path to a .jsonl, .json, .parquet or .arrow"
+    " file, a Hugging Face dataset FOLDER, FOLDER:SPLIT or FOLDER:CONFIG/SPLIT, or several of these joined by ' + '"
+)
 
 
 def load_problems(
@@ -28,108 +34,115 @@ def load_problems(
     data_dir: str | None = None,
     manual_dir: str | None = None,
 ) -> Sequence[Problem]:
-    """Loads one source of problems.
+    """Loads one source of problems, or several.
 
     Args:
-        source: `generated:KIND/SPLIT` such as `generated:words/test`, `PATH.jsonl`, or `tfds:NAME/SPLIT` such as
-            `tfds:gsm8k/train`; without /SPLIT it is train.
-        size, seed, low, high, operations, slips, unmarked: of generated problems, see `GeneratedProblems`.
-        problem_field, answer_field: names in a JSONL file.
+        source: one of FORMS, such as `generated:words/test` or `mine.jsonl + tfds:gsm8k/train`; without a split it
+            is train.
+        size, seed: of problems that are made: generated, builtin and gym.
+        low, high, operations, slips, unmarked: of generated problems, see `GeneratedProblems`.
+        problem_field, answer_field: names in files and folders; `prompt.0.content` reaches into nested ones.
         data_dir, manual_dir: of TFDS; where built sets are kept, and where files fetched by hand lie.
     Returns:
         an indexable sequence of Problem, never empty.
     Raises:
         ValueError: what is wrong with the source, where, and what to do.
     """
-    if source.endswith(".jsonl"):
-        return read_jsonl(source, problem_field, answer_field)
-    scheme, _, rest = source.partition(":")
-    name, _, split = rest.partition("/")
+
+    numbers = {"low": low, "high": high, "operations": operations, "slips": slips, "unmarked": unmarked}
+    sources = [part.strip() for part in source.split(" + ")]
+    parts = []
+    for part in sources:
+        scheme, _, rest = part.partition(":")
+        if scheme in ("generated", "builtin", "gym"):
+            parts.append(_make(part, scheme, *_name_and_split(rest), size, seed, numbers))
+        elif scheme == "tfds":
+            from dgpo_jax.data import tfds_builders  # a second of import that other sources need not pay
+
+            parts.append(tfds_builders.load(*_name_and_split(rest), data_dir=data_dir, manual_dir=manual_dir))
+        else:
+            parts.append(read_path(part, problem_field, answer_field))
+    return parts[0] if len(parts) == 1 else JoinedProblems(sources, parts)
+
+
+def _name_and_split(text):
+    """`NAME/SPLIT`, or `NAME` for its train split."""
+    name, slash, split = text.rpartition("/")
+    if not slash or ")" in split:  # a gym set may have a slash among its settings
+        return text, "train"
+    return name, split or "train"
+
+
+def _make(source, scheme, name, split, size, seed, numbers):
+    """Problems that are made and not read."""
     if scheme == "generated":
-        return GeneratedProblems(
-            name, size, seed, split=split or "train", low=low, high=high, operations=operations, slips=slips,
-            unmarked=unmarked,
-        )  # fmt: skip
-    if scheme == "tfds":
-        from dgpo_jax.data import tfds_builders  # a second of import that other sources need not pay
+        return GeneratedProblems(name, size, seed, split=split, **numbers)
+    if scheme == "gym":
+        from dgpo_jax.data.gym import gym_problems
 
-        return tfds_builders.load(name, split or "train", data_dir=data_dir, manual_dir=manual_dir)
-    raise ValueError(f"source {source!r} is not generated:KIND/SPLIT, a path to a .jsonl file, or tfds:NAME/SPLIT.")
+        return list(gym_problems(name, split, size, seed))  # each is read many times, and slow to make
+    if name != "coding":
+        raise ValueError(f"{source}: no built-in set {name!r}; the only one is coding.")
+    from dgpo_jax.data.coding import coding_problems
+
+    return coding_problems(split, size, seed)
 
 
-def read_jsonl(path, problem_field: str = "problem", answer_field: str = "answer") -> list[Problem]:
-    """Reads one JSON object a line; `id`, `source` and `solution` are optional, blank lines are skipped.
-
-    Raises:
-        ValueError: with file and line, for anything that would otherwise surface as a wrong reward.
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.glob("*.jsonl")], n=1)
-        raise ValueError(f"{path}: no such file{f'; perhaps {path.parent / near[0]}' if near else ''}.")
-    problems, line_of_id = [], {}
-    # A byte-order mark at the start is what Windows editors write; it is no part of the first object.
-    for number, raw in enumerate(path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
-        if not raw.strip():
-            continue
-        where = f"{path}:{number}"
-        problem = _parse_row(where, _parse_line(where, raw), path.stem, number, problem_field, answer_field)
-        if problem.id in line_of_id:
-            first = line_of_id[problem.id]
-            raise ValueError(f"{where}: id {problem.id!r} was used on line {first} already; ids must be unique.")
-        line_of_id[problem.id] = number
-        problems.append(problem)
+def read_path(source: str, problem_field: str = "problem", answer_field: str = "answer") -> list[Problem]:
+    """Reads a file, or one split of a Hugging Face dataset folder."""
+    path, folder, split = Path(source), *source.rpartition(":")[::2]
+    if path.is_dir():
+        name, files = find_files(path)
+    elif folder and Path(folder).is_dir():
+        name, files = find_files(folder, split)
+    elif path.suffix in SUFFIXES:
+        name, files = path.stem, [path]
+    else:
+        raise ValueError(f"source {source!r} is not {FORMS}.")
+    problems, places, number = [], {}, 0
+    for file in files:
+        before = number  # so that the numbers in ids go on from file to file
+        for row in read_rows(file, (problem_field, answer_field), OPTIONAL):
+            number = before + row.number
+            problem = to_problem(
+                row.where, row.values, number, stem=name, source=name, problem_field=problem_field, answer_field=answer_field
+            )
+            if problem.id in places:
+                raise ValueError(f"{row.where}: id {problem.id!r} was used at {places[problem.id]} already; ids must be unique.")
+            places[problem.id] = row.where
+            problems.append(problem)
     if not problems:
-        raise ValueError(f"{path}: the file holds no problem; write one JSON object a line.")
+        raise ValueError(f"{source}: it holds no problem; write one JSON object a line, or name another split.")
     return problems
 
 
-def _parse_line(where, raw):
-    try:
-        row = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        value = f"byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        raise ValueError(f"{where}: {value} is not UTF-8; save the file as UTF-8.") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON at column {error.colno} ({error.msg}); one object a line.") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: {_shorten(row)} is not an object; write {{\"problem\": ..., \"answer\": ...}}.")
-    return row
+class JoinedProblems(LazyProblems):
+    """Several sources one after the other; their ids are checked to be unique among all."""
+
+    def __init__(self, names: Sequence[str], parts: Sequence[Sequence[Problem]]):
+        self.parts, self.ends = parts, np.cumsum([len(part) for part in parts])
+        source_of_id: dict[str, str] = {}
+        for name, part in zip(names, parts, strict=True):
+            for problem in part:
+                if problem.id in source_of_id:
+                    raise ValueError(f"id {problem.id!r} is in {source_of_id[problem.id]} and in {name}; ids must be unique, change one.")
+                source_of_id[problem.id] = name
+
+    def __len__(self):
+        return int(self.ends[-1])
+
+    def read(self, index):
+        """The problem of the part that the index falls into."""
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return self.parts[part][index - int(self.ends[part])]  # counted from the part's end
 
 
-def _parse_row(where, row, stem, number, problem_field, answer_field):
-    return Problem(
-        id=_take_text(where, row, "id", f"{stem}-{number}"),
-        problem=_take_text(where, row, problem_field),
-        answer=_take_text(where, row, answer_field),
-        source=_take_text(where, row, "source", stem),
-        solution=_take_text(where, row, "solution", ""),
-    )
-
-
-def _take_text(where, row, field, default=None):
-    """The field as text; without a default it must be there and not blank. Numbers count as text, as 18 for "18"."""
-    if field not in row:
-        if default is not None:
-            return default
-        near = difflib.get_close_matches(field, row, n=1)
-        hint = f"perhaps it is {near[0]!r}: set the field's name" if near else "add it or set the field's name"
-        raise ValueError(f"{where}: no field {field!r} among {', '.join(map(repr, row)) or 'none'}; {hint}.")
-    value = row[field]
-    not_finite = isinstance(value, float) and not math.isfinite(value)  # Python's JSON takes NaN for a number
-    if isinstance(value, bool) or not_finite or not isinstance(value, (str, int, float)):
-        if value is None and default is not None:
-            return default
-        raise ValueError(f"{where}: {field} is {_shorten(value)}; it must be text or a number.")
-    text = str(value)
-    if default is None and not text.strip():
-        raise ValueError(f"{where}: {field} is {_shorten(value)}; it must not be empty, fill it in or delete the line.")
-    return text
-
-
-def _shorten(value):
-    text = json.dumps(value, ensure_ascii=False)
-    return re.sub(r"\s+", " ", text[:60]) + ("..." if len(text) > 60 else "")
+def fingerprint(problems: Sequence[Problem]) -> str:
+    """SHA-256, in hex, of what a score depends on: id, problem, answer and tests of every problem, in order."""
+    digest = hashlib.sha256()
+    for problem in problems:
+        digest.update(json.dumps([problem.id, problem.problem, problem.answer, problem.tests]).encode() + b"\n")
+    return digest.hexdigest()
 
 
 class ProblemStream:

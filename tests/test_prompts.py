@@ -8,12 +8,55 @@ import numpy as np
 import pytest
 
 from dgpo_jax.data.generated import GeneratedProblems
-from dgpo_jax.data.prompts import Template, encode_examples, encode_prompts, fit_prompts
-from dgpo_jax.data.tokenizers import load_tokenizer
+from dgpo_jax.data.prompts import BOXED, Template, encode_examples, encode_prompts, fit_prompts
+from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dgpo_jax.types import Problem
 
 SUM = Problem("sum", "9 + 8 = ?", "17", "test", r"\boxed{17}")
 LONG = Problem("long", "9 + 8 + 1 + 2 = ?", "20", "test")
+
+# Published chat templates, word for word but for the branches on tools, which a question without tools does not enter.
+R1_DISTILL = (  # deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B, tokenizer_config.json
+    "{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}"
+    "{% set ns = namespace(is_first=false, is_tool=false, is_output_first=true, system_prompt='') %}"
+    "{%- for message in messages %}{%- if message['role'] == 'system' %}"
+    "{% set ns.system_prompt = message['content'] %}{%- endif %}{%- endfor %}{{bos_token}}{{ns.system_prompt}}"
+    "{%- for message in messages %}{%- if message['role'] == 'user' %}{%- set ns.is_tool = false -%}"
+    "{{'<｜User｜>' + message['content']}}{%- endif %}"
+    "{%- if message['role'] == 'assistant' and message['content'] is not none %}{% set content = message['content'] %}"
+    "{% if '</think>' in content %}{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{{'<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>'}}{%- endif %}{%- endfor -%}"
+    "{% if add_generation_prompt and not ns.is_tool %}{{'<｜Assistant｜><think>\\n'}}{% endif %}"
+)
+QWEN_MATH = r"""{%- if messages[0]['role'] == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}
+    {%- else %}
+        {{- '<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n' }}
+    {%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) or (message.role == "assistant" and not message.tool_calls) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""  # Qwen/Qwen2.5-Math-1.5B, tokenizer_config.json
+QWEN3 = r"""{%- if messages[0].role == 'system' %}
+        {{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}
+    {%- endif %}
+{%- for message in messages %}
+    {%- if (message.role == "user") or (message.role == "system" and not loop.first) %}
+        {{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\n' }}
+    {%- if enable_thinking is defined and enable_thinking is false %}
+        {{- '<think>\n\n</think>\n\n' }}
+    {%- endif %}
+{%- endif %}"""  # Qwen/Qwen3-0.6B, tokenizer_config.json
+QWEN3_WITHOUT_THOUGHT = "{%- set enable_thinking = false %}" + QWEN3  # what apply_chat_template(enable_thinking=False) renders
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +81,33 @@ def make_folder(words, tmp_path):
         return load_tokenizer(str(tmp_path))
 
     return make
+
+
+def make_tokenizer(chat_template, tokens, bos=None):
+    """The built-in tokenizer with more tokens, and with a `bos` that it puts before each text, as R1's and Llama's do."""
+    from tokenizers import processors
+
+    inner = load_tokenizer("builtin:words").inner
+    inner.add_special_tokens({"additional_special_tokens": tokens})
+    inner.add_tokens(["<think>", "</think>"])  # tokens, but no special ones, in R1-Distill and Qwen3 alike
+    inner.chat_template = chat_template
+    if bos:
+        inner.bos_token = bos
+        inner.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, inner.bos_token_id)]
+        )
+    return Tokenizer(inner, "test")
+
+
+@pytest.fixture(scope="module")
+def r1():
+    begin = "<｜begin▁of▁sentence｜>"
+    return make_tokenizer(R1_DISTILL, [begin, "<｜User｜>", "<｜Assistant｜>", "<｜end▁of▁sentence｜>"], bos=begin)
+
+
+@pytest.fixture(scope="module")
+def qwen_math():
+    return make_tokenizer(QWEN_MATH, [])
 
 
 def pieces(tokenizer, ids):
@@ -154,6 +224,117 @@ def test_a_chat_template_has_an_opening_too_and_a_problem_about_tags_has_none(wo
     opens = "{{ messages[0]['content'] }}{% if add_generation_prompt %}<|im_start|><think>\n{% endif %}"
     assert Template().opening("sum?", make_folder(chat_template=opens)) == "<think>"
     assert Template().opening("what does this mean: <think>", words) == ""  # the turn marker comes after it
+
+
+@pytest.mark.parametrize("system, instruction", [("", ""), ("add", ""), ("", "sum"), ("add", "sum")])
+def test_the_r1_form_is_what_r1s_own_chat_template_renders(r1, system, instruction):
+    theirs = Template("chat", system, instruction or BOXED)  # the instruction that its authors advise
+    ours = Template("r1", system, instruction)
+    assert ours.render(SUM.problem, r1) == theirs.render(SUM.problem, r1)
+    assert ours.encode(SUM.problem, r1) == theirs.encode(SUM.problem, r1)
+
+
+def test_the_r1_form_to_the_letter(r1):
+    assert Template("r1").render("9?", r1) == (
+        "<｜begin▁of▁sentence｜><｜User｜>9?\nPlease reason step by step, and put your final answer within \\boxed{}."
+        "<｜Assistant｜><think>\n"
+    )
+    assert Template("r1", "add", "sum").render("9?", r1) == "<｜begin▁of▁sentence｜>add<｜User｜>9?\nsum<｜Assistant｜><think>\n"
+
+
+@pytest.mark.parametrize("system", ["", "add"])
+def test_the_qwen_math_form_is_what_its_own_chat_template_renders(qwen_math, system):
+    ours, theirs = Template("qwen_math", system), Template("chat", system)
+    assert ours.render(SUM.problem, qwen_math) == theirs.render(SUM.problem, qwen_math)
+
+
+def test_the_qwen_math_form_to_the_letter_works_with_any_tokenizer_that_has_its_tokens(words):
+    assert Template("qwen_math", instruction="sum").render("9?", words) == (
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>user\n9?\nsum<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize("problem", ["{system} and {problem}?", "{}", "\\boxed{}"])
+def test_braces_in_a_problem_stand_for_themselves(qwen_math, problem):
+    text = Template("qwen_math", system="add").render(problem, qwen_math)
+    assert text == f"<|im_start|>system\nadd<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n"
+    assert Template("Q: {problem} {system}").render(problem, qwen_math) == f"Q: {problem} {{system}}"
+
+
+@pytest.mark.parametrize("template", [
+    Template("r1"),  # writes the marker
+    Template("chat"),  # so does its chat template
+    Template("plain"),  # does not, and the tokenizer puts it there
+    Template("<｜begin▁of▁sentence｜>{problem}"),  # written by hand
+])  # fmt: skip
+def test_a_prompt_begins_with_the_marker_of_a_text_exactly_once(r1, template):
+    assert r1.text_start == [r1.inner.bos_token_id]
+    ids = template.encode(SUM.problem, r1)
+    assert ids[0] == r1.inner.bos_token_id and ids.count(ids[0]) == 1
+
+
+@pytest.mark.parametrize("form, begin", [("r1", "<｜begin▁of▁sentence｜>"), ("qwen_math", "<|im_start|>")])
+def test_a_form_that_begins_a_text_its_own_way_gets_no_other_beginning(form, begin):
+    other = make_tokenizer(QWEN3, ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"], bos="<|endoftext|>")
+    assert pieces(other, Template("plain").encode("9?", other))[0] == "<|endoftext|>"
+    assert pieces(other, Template(form).encode("9?", other))[0] == begin
+
+
+def test_a_form_whose_tokens_the_tokenizer_lacks_is_refused_by_name(words, r1):
+    missing = "<｜begin▁of▁sentence｜>, <｜User｜>, <｜Assistant｜>, <think>"
+    with pytest.raises(ValueError, match=f"'r1' needs {missing}, which the tokenizer builtin:words"):
+        Template("r1").render("9?", words)
+    without_think = make_tokenizer(R1_DISTILL, ["<｜begin▁of▁sentence｜>", "<｜User｜>"])
+    with pytest.raises(ValueError, match="'r1' needs <｜Assistant｜>, which the tokenizer test"):
+        Template("r1").encode("9?", without_think)
+
+
+def test_a_misspelt_form_is_refused_with_the_closest_name():
+    with pytest.raises(ValueError, match=r"none of chat, plain, r1, qwen_math and lacks .problem.; perhaps it is 'qwen_math'"):
+        Template("qwen-math")
+
+
+@pytest.mark.parametrize("solution, response", [
+    ("<think>\nadd</think>17", "add</think>17"),  # opened by the prompt already
+    ("<think>add</think>17", "add</think>17"),
+    ("\n<think>\nadd</think>17", "add</think>17"),
+    ("add</think>17", "add</think>17"),  # written for such a prompt
+    ("17", "\n</think>\n\n17"),  # no thought: the block is closed, or the answer would stand inside it
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["r1", "chat"])
+def test_a_prompt_that_opens_think_and_its_solution_make_one_block(r1, form, solution, response):
+    template = Template(form)
+    assert template.opening(SUM.problem, r1) == "<think>"
+    (prompt, ids), = encode_examples([SUM._replace(solution=solution)], r1, template, 256, 64)
+    assert r1.decode(ids[:-1]) == response
+    assert pieces(r1, prompt + ids).count("<think>") == pieces(r1, prompt + ids).count("</think>") == 1
+
+
+@pytest.mark.parametrize("chat_template, solution, response", [
+    (QWEN3, "<think>\nadd\n</think>\n\n17", "<think>\nadd\n</think>\n\n17"),  # the model opens it itself
+    (QWEN3, "17", "17"),
+    (QWEN3_WITHOUT_THOUGHT, "17", "17"),
+    (QWEN3_WITHOUT_THOUGHT, "<think>\nadd\n</think>\n\n17", "17"),  # the prompt has its one, empty block
+])  # fmt: skip
+def test_qwen3s_block_of_thought_is_there_at_most_once(chat_template, solution, response):
+    tokenizer = make_tokenizer(chat_template, [])
+    assert Template().opening(SUM.problem, tokenizer) == ""
+    (prompt, ids), = encode_examples([SUM._replace(solution=solution)], tokenizer, Template(), 64, 64)
+    assert tokenizer.decode(ids[:-1]) == response
+    thoughts = pieces(tokenizer, prompt + ids).count("<think>")
+    assert thoughts == pieces(tokenizer, prompt + ids).count("</think>") == (solution != "17" or "false" in chat_template[:40])
+
+
+def test_a_prompt_is_rendered_once_however_often_it_is_looked_at(monkeypatch):
+    rendered, render_chat = [], Tokenizer.render_chat
+    monkeypatch.setattr(Tokenizer, "render_chat", lambda self, *a: rendered.append(a) or render_chat(self, *a))
+    tokenizer, template = make_tokenizer(QWEN3, []), Template()
+    encode_prompts([SUM, LONG], tokenizer, template, 64)
+    encode_examples([SUM], tokenizer, template, 64, 64)
+    assert template.opening(SUM.problem, tokenizer) == "" and len(rendered) == 2  # SUM and LONG
+    assert Template(system="add").render(SUM.problem, tokenizer) != template.render(SUM.problem, tokenizer)
+    assert template.render(SUM.problem, make_tokenizer(QWEN_MATH, [])) != template.render(SUM.problem, tokenizer)
 
 
 def test_a_tokenizer_without_chat_template_says_what_to_use(make_folder):

@@ -1,51 +1,123 @@
 """Problems to prompt tokens: templates, the length limit, and padding on the left."""
 
+import difflib
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from dgpo_jax.types import Prompts
 
-THINK = "<think>"
+THINK, THINK_END = "<think>", "</think>"
+NO_THOUGHT = f"\n{THINK_END}\n\n"  # closes an opened block with nothing in it, as Qwen3's template writes it
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+RENDERED_KEPT = 4096  # chat texts; an iteration renders each of its prompts to encode it and to see how it ends
+
+
+class Form(NamedTuple):
+    """A prompt written out."""
+
+    text: str  # up to where the response starts, with {system} and {problem}, the instruction included
+    system: str = "{system}"  # how a system message is written; where there is none, nothing is
+    default_system: str = ""
+    default_instruction: str = ""
+    tokens: tuple[str, ...] = ()  # in the text; a tokenizer that has not each of them as one token is refused
+    starts_text: bool = False  # True = it begins as its model wants; else the tokenizer's beginning of a text is added
+
+
+# "r1": chat_template of deepseek-ai/DeepSeek-R1-Distill-*, whose authors advise this instruction and no system message.
+# "qwen_math": chat_template of Qwen/Qwen2.5-Math-*.
+FORMS = {
+    "plain": Form("{system}{problem}\n", system="{system}\n"),
+    "r1": Form(
+        "<｜begin▁of▁sentence｜>{system}<｜User｜>{problem}<｜Assistant｜><think>\n",
+        default_instruction=BOXED,
+        tokens=("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", THINK),
+        starts_text=True,
+    ),
+    "qwen_math": Form(
+        "{system}<|im_start|>user\n{problem}<|im_end|>\n<|im_start|>assistant\n",
+        system="<|im_start|>system\n{system}<|im_end|>\n",
+        default_system=BOXED,
+        tokens=("<|im_start|>", "<|im_end|>"),
+        starts_text=True,
+    ),
+}
+CHAT = "chat"  # the tokenizer's own template
 
 
 @dataclass(frozen=True)
 class Template:
     """How a problem becomes the text that the model continues.
 
-    form: "chat" (the tokenizer's chat template), "plain" (the text and a newline), or a text of your own that holds
-        `{problem}` once or more; other braces in it, as in \\boxed{}, stand for themselves.
-    system: system prompt for "chat", a first line for "plain"; "" means none.
-    instruction: put after the problem, on a line of its own, e.g. "Put your final answer in \\boxed{}."; "" means none.
+    form: "chat" (the tokenizer's chat template), one of FORMS, or a text of your own that holds `{problem}` once or
+        more; other braces in it, as in \\boxed{}, stand for themselves.
+    system: system message, for "plain" a first line; "" = the form's own default, for "chat" that of the chat template.
+    instruction: put after the problem, on a line of its own; "" = the form's own default, which most do not have.
     """
 
-    form: str = "chat"
+    form: str = CHAT
     system: str = ""
     instruction: str = ""
 
     def __post_init__(self):
-        if self.form not in ("chat", "plain") and "{problem}" not in self.form:
-            raise ValueError(f"template {self.form!r} is neither 'chat' nor 'plain' and lacks {{problem}}; add it.")
-        if self.form not in ("chat", "plain") and self.system:
+        if self.form == CHAT or self.form in FORMS:
+            return
+        if "{problem}" not in self.form:
+            names = [CHAT, *FORMS]
+            near = difflib.get_close_matches(self.form, names, n=1)
+            hint = f"perhaps it is {near[0]!r}" if near else "add it"
+            raise ValueError(f"template {self.form!r} is none of {', '.join(names)} and lacks {{problem}}; {hint}.")
+        if self.system:
             raise ValueError("a template of your own takes no system prompt; write it into the template.")
 
     def render(self, problem: str, tokenizer) -> str:
-        """The prompt as text, kept to the letter: a template that opens `<think>` keeps it, once."""
-        question = f"{problem}\n{self.instruction}" if self.instruction else problem
-        if self.form == "chat":
-            return tokenizer.render_chat(question, self.system)
-        if self.form == "plain":
-            return f"{self.system}\n{question}\n" if self.system else f"{question}\n"
-        return self.form.replace("{problem}", question)
+        """The prompt as text, kept to the letter: a template that opens `<think>` keeps it, once.
+
+        Raises:
+            ValueError: the tokenizer has no chat template, or lacks a token of the form.
+        """
+        form = self._form()
+        instruction, system = self.instruction or form.default_instruction, self.system or form.default_system
+        question = f"{problem}\n{instruction}" if instruction else problem
+        if self.form == CHAT:
+            return _render_chat(tokenizer, question, system)
+        if form.tokens:
+            _check_tokens(tokenizer, self.form)
+        written = form.system.replace("{system}", system) if system else ""
+        text = form.text.replace("{system}", written) if self.form in FORMS else form.text
+        return text.replace("{problem}", question)
+
+    def _form(self):
+        """A text of the user's own is a form without defaults."""
+        return FORMS.get(self.form) or Form(self.form)
 
     def opening(self, problem: str, tokenizer) -> str:
         """What the prompt has begun of the response: "<think>", or nothing."""
         return THINK if self.render(problem, tokenizer).rstrip().endswith(THINK) else ""
 
     def encode(self, problem: str, tokenizer) -> list[int]:
-        """The prompt as ids. A chat template writes its own beginning-of-text marker, the other forms get the usual."""
+        """The prompt as ids, with the marker that begins a text once: written by the form, or put before it here."""
         ids = tokenizer.encode(self.render(problem, tokenizer))
-        return ids if self.form == "chat" else [*tokenizer.text_start, *ids]
+        start = [] if self.form == CHAT or self._form().starts_text else tokenizer.text_start
+        return ids if ids[: len(start)] == start else [*start, *ids]
+
+
+@functools.lru_cache(RENDERED_KEPT)
+def _render_chat(tokenizer, question, system):
+    return tokenizer.render_chat(question, system)
+
+
+@functools.lru_cache(16)
+def _check_tokens(tokenizer, form):
+    vocabulary = tokenizer.inner.get_vocab()
+    lacking = [token for token in FORMS[form].tokens if tokenizer.encode(token) != [vocabulary.get(token)]]
+    if lacking:
+        raise ValueError(
+            f"template {form!r} needs {', '.join(lacking)}, which the tokenizer {tokenizer.name} does not have as one"
+            f" token each; use its own model's form: 'chat', or a text with {{problem}}."
+        )
 
 
 def encode_prompts(problems, tokenizer, template: Template, max_prompt: int) -> Prompts:
@@ -118,10 +190,20 @@ def encode_examples(problems, tokenizer, template: Template, max_prompt: int, ma
 
 
 def _continue(prompt_text, solution):
-    """Templates such as R1-Distill's have opened `<think>` already; a solution that opens it too must not double it."""
-    if prompt_text.rstrip().endswith(THINK) and solution.startswith(THINK):
-        solution = solution[len(THINK) :]
-        return solution.removeprefix("\n") if prompt_text.endswith("\n") else solution
+    """The solution as it goes on from the prompt, so that there is one block of thought, opened once and closed once.
+
+    A prompt may have opened it (R1) where the solution opens it again, or where the solution has no thought: then the
+    block is closed at once, because an answer inside it would never be found. Or the prompt has closed an empty one
+    (Qwen3 told not to think): then a thought in the solution is left out.
+    """
+    end, start = prompt_text.rstrip(), solution.lstrip()
+    if end.endswith(THINK) and start.startswith(THINK):
+        rest = start.removeprefix(THINK)
+        return rest.removeprefix("\n") if prompt_text.endswith("\n") else rest
+    if end.endswith(THINK) and THINK_END not in solution:
+        return NO_THOUGHT + start
+    if end.endswith(THINK_END) and start.startswith(THINK):
+        return start.partition(THINK_END)[2].lstrip()
     return solution
 
 

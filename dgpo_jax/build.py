@@ -4,7 +4,8 @@ Built in the order of what can go wrong cheaply: whatever a wrong setting can br
 is read. Every refusal is a ValueError of one line.
 """
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from typing import NamedTuple
 
@@ -13,14 +14,15 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dgpo_jax.config import Config, DataConfig, RewardConfig
+from dgpo_jax.benchmarks import parse_sets
+from dgpo_jax.config import Config, DataConfig
 from dgpo_jax.data.problems import ProblemStream, load_problems
 from dgpo_jax.data.prompts import Template, fit_prompts
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dgpo_jax.models import Model, config_from_folder, load_parameters, resolve_folder
 from dgpo_jax.models.parameters import abstract_parameters, decays, parameter_shardings
 from dgpo_jax.recipe import method_settings
-from dgpo_jax.rewards.pool import VerifierPool
+from dgpo_jax.rewards.checkers import Checkers, CodeSettings, MathSettings
 from dgpo_jax.rl.correction import Correction
 from dgpo_jax.rl.optimizer import make_optimizer
 from dgpo_jax.rl.update import LossSettings, Programs, Shardings, make_programs
@@ -28,24 +30,49 @@ from dgpo_jax.sharding import DECODE_RULES, make_mesh, sharding_for
 from dgpo_jax.types import Problem, Prompts, Rollout, TrainBatch, TrainState
 
 
-class Parts(NamedTuple):
-    """What a run is made of, the weights apart."""
+class Actor(NamedTuple):
+    """What answers problems, the weights apart."""
 
     mesh: Mesh
     folder: str  # with the pretrained weights; "" = random weights
     tokenizer: Tokenizer
     template: Template
-    stream: ProblemStream  # training problems in their shuffled order
-    held_out: Sequence[Problem]  # empty = no evaluation
-    dropped: int  # training problems left out because their prompts are too long
     model: Model
+
+    @property
+    def replicas(self) -> int:
+        """Groups of devices that split the rows of a batch among them."""
+        return count_replicas(self.mesh)
+
+
+class Parts(NamedTuple):
+    """What a run is made of, the weights apart: an actor, and what it learns from and with."""
+
+    mesh: Mesh
+    folder: str
+    tokenizer: Tokenizer
+    template: Template
+    model: Model
+    stream: ProblemStream  # training problems in their shuffled order
+    held_out: Sequence[Problem]  # empty = none
+    benchmarks: dict[str, Sequence[Problem]]  # by name; evaluated in training besides held_out
+    dropped: int  # training problems left out because their prompts are too long
     optimizer: optax.GradientTransformation
     shardings: Shardings
 
     @property
     def replicas(self) -> int:
-        """Groups of devices that split the rows of a batch among them."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        """As in `Actor`."""
+        return count_replicas(self.mesh)
+
+    def problems(self) -> Iterator[Problem]:
+        """All that there are, to learn from and to evaluate on."""
+        return itertools.chain(self.stream.problems, self.held_out, *self.benchmarks.values())
+
+
+def count_replicas(mesh: Mesh) -> int:
+    """Groups of devices that split the rows of a batch among them."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def build_parts(config: Config) -> Parts:
@@ -54,8 +81,20 @@ def build_parts(config: Config) -> Parts:
     Raises:
         ValueError: devices, tokenizer, problems or model do not fit the config or each other.
     """
+    actor = build_actor(config)
+    check_rows(config, actor.replicas)
+    problems = build_problems(config, actor.tokenizer, actor.template)
+    optimizer = make_optimizer(config.optimizer, decays(actor.model.config))
+    return Parts(*actor, *problems, optimizer, build_shardings(actor.model, optimizer))
+
+
+def build_actor(config: Config) -> Actor:
+    """Mesh, tokenizer, template and model.
+
+    Raises:
+        ValueError: devices, tokenizer or model do not fit the config or each other.
+    """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    check_rows(config, mesh)
     model_config, folder = config.model, ""
     if model_config.path:
         folder = str(resolve_folder(model_config.path))
@@ -68,18 +107,16 @@ def build_parts(config: Config) -> Parts:
             " tokens; raise it, or name the model's own tokenizer in data.tokenizer."
         )
     template = Template(config.data.template, config.data.system, config.data.instruction)
-    stream, held_out, dropped = build_problems(config, tokenizer, template)
-    optimizer = make_optimizer(config.optimizer, decays(model_config))
-    shardings = build_shardings(model, optimizer)
-    return Parts(mesh, folder, tokenizer, template, stream, held_out, dropped, model, optimizer, shardings)
+    return Actor(mesh, folder, tokenizer, template, model)
 
 
-def check_rows(config: Config, mesh: Mesh) -> None:
+def check_rows(config: Config, replicas: int) -> None:
     """Refuses sizes that the replicas of the mesh cannot share evenly."""
-    replicas = mesh.shape["data"] * mesh.shape["fsdp"]
-    if config.rollout.prompts % replicas:
+    prompts = config.rollout.prompts_at_once
+    if prompts % replicas:
+        setting = "rollout.responses / rollout.group_size" if config.rollout.responses else "rollout.prompts"
         raise ValueError(
-            f"rollout.prompts is {config.rollout.prompts}, but mesh.data * mesh.fsdp = {replicas} replicas share the"
+            f"{setting} is {prompts}, but mesh.data * mesh.fsdp = {replicas} replicas share the"
             f" prompts evenly; make it a multiple of {replicas}, or use fewer devices."
         )
 
@@ -93,19 +130,17 @@ def build_tokenizer(config: Config, folder: str) -> Tokenizer:
 
 
 def build_problems(config: Config, tokenizer: Tokenizer, template: Template):
-    """(ProblemStream to train on, held-out problems, number of training problems dropped as too long)."""
+    """(ProblemStream to train on, held-out problems, benchmarks by name, training problems dropped as too long)."""
     data, limit = config.data, config.rollout.max_prompt
 
-    def fitting(source: str) -> tuple[Sequence[Problem], int]:
-        return fit_prompts(load(data, source, config.seed), tokenizer, template, limit, data.too_long)
+    def fitting(source: str, first: int | None = None) -> tuple[Sequence[Problem], int]:
+        problems = load(data, source, config.seed)
+        return fit_prompts(problems[:first] if first else problems, tokenizer, template, limit, data.too_long)
 
     problems, dropped = fitting(data.train)
-    held_out: Sequence[Problem] = []
-    if data.held_out:
-        held_out = fit_prompts(
-            load(data, data.held_out, config.seed)[: config.eval.problems], tokenizer, template, limit, data.too_long
-        )[0]
-    return ProblemStream(problems, config.seed), held_out, dropped
+    held_out = fitting(data.held_out, config.eval.problems)[0] if data.held_out else []
+    benchmarks = {name: fitting(source, config.eval.problems)[0] for name, source in parse_sets(config.eval.sets)}
+    return ProblemStream(problems, config.seed), held_out, benchmarks, dropped
 
 
 def load(data: DataConfig, source: str, seed: int) -> Sequence[Problem]:
@@ -117,9 +152,14 @@ def load(data: DataConfig, source: str, seed: int) -> Sequence[Problem]:
     )  # fmt: skip
 
 
-def build_pool(reward: RewardConfig) -> VerifierPool:
-    """The processes that check answers; a context manager."""
-    return VerifierPool(reward.workers, reward.deadline_s, reward.extract, reward.memory_mb)
+def build_checkers(config: Config, problems: Iterable[Problem]) -> Checkers:
+    """The processes that judge responses to problems of these kinds; a context manager."""
+    math, code = config.reward, config.code
+    return Checkers(
+        MathSettings(math.extract, math.workers, math.deadline_s, math.memory_mb),
+        CodeSettings(code.sandbox, code.workers, code.test_s, code.wall_s, code.memory_mb, code.max_tests),
+        {problem.checker for problem in problems},
+    )
 
 
 def build_shardings(model: Model, optimizer: optax.GradientTransformation) -> Shardings:
@@ -134,9 +174,14 @@ def build_shardings(model: Model, optimizer: optax.GradientTransformation) -> Sh
     return Shardings(TrainState(replicated, params, opt_state), TrainBatch(*[rows] * len(TrainBatch._fields)), replicated)
 
 
+def abstract_params(parts: Actor | Parts):
+    """Shape, dtype and sharding of every weight, for reading a checkpoint."""
+    return abstract_parameters(parts.model.config, parts.mesh)
+
+
 def abstract_state(parts: Parts) -> TrainState:
     """Shape, dtype and sharding of every array of the state, for restoring a checkpoint."""
-    params = abstract_parameters(parts.model.config, parts.mesh)
+    params = abstract_params(parts)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(parts.optimizer.init, params))
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -144,7 +189,7 @@ def abstract_state(parts: Parts) -> TrainState:
     )  # fmt: skip
 
 
-def build_params(config: Config, parts: Parts):
+def build_params(config: Config, parts: Actor | Parts):
     """Weights from model.path, or at random.
 
     Raises:
@@ -189,20 +234,20 @@ def build_reference(parts: Parts, params):
     return jax.jit(parts.model.cast, out_shardings=parts.shardings.state.params)(params)
 
 
-def make_decode_params(parts: Parts):
+def make_decode_params(parts: Actor | Parts):
     """Returns the jitted function params -> weights cast and laid out for decoding: whole on every replica."""
     return jax.jit(
         parts.model.cast, out_shardings=parameter_shardings(parts.model.config, parts.mesh, DECODE_RULES)
     )
 
 
-def prompt_shardings(parts: Parts) -> Prompts:
+def prompt_shardings(parts: Actor | Parts) -> Prompts:
     """Prompts are split over the replicas."""
     rows = sharding_for(parts.mesh, ("batch", "slots"))
     return Prompts(rows, rows)
 
 
-def rollout_shardings(parts: Parts) -> Rollout:
+def rollout_shardings(parts: Actor | Parts) -> Rollout:
     """So are responses."""
     rows = sharding_for(parts.mesh, ("batch", "slots"))
     return Rollout(rows, rows, rows, truncated=sharding_for(parts.mesh, ("batch",)))

@@ -190,6 +190,50 @@ def peek(directory: str | Path) -> tuple[int, dict] | None:
     return None
 
 
+def locate(path: str | Path) -> Path:
+    """The folder of the newest sound checkpoint of a run, or the one that `path` itself is. Changes nothing.
+
+    Args:
+        path: a run's workdir, its checkpoints folder, or one iteration_... in there.
+    Raises:
+        ValueError: there is none, or the one that was named is not sound.
+    """
+    path = Path(path)
+    if NAME.fullmatch(path.name):
+        flaw = find_flaw(path)
+        if flaw is not None:
+            raise ValueError(f"checkpoint {path} is not used: {flaw}; name another one, or the run's workdir.")
+        return path.absolute()
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    for entry in _entries(folder):
+        if find_flaw(entry.path) is None:
+            return entry.path.absolute()
+    raise ValueError(f"--checkpoint {path}: no finished checkpoint there; name the workdir of a run, or an iteration_... folder.")
+
+
+def read_params(folder: Path, abstract_params: Any) -> tuple[int, Any]:
+    """The weights of a checkpoint, without the optimizer's state.
+
+    Args:
+        folder: from `locate`.
+        abstract_params: a `jax.ShapeDtypeStruct` with a sharding for every array; any mesh will do.
+    Returns:
+        (iteration, params).
+    Raises:
+        ValueError: its weights have other names, shapes or dtypes.
+    """
+    details = _read(folder / DETAILS)
+    target = {f"params/{name}": leaf for name, leaf in _by_name(abstract_params).items()}
+    saved = {name: what for name, what in details["arrays"].items() if name.startswith("params/")}
+    _require_same_arrays(folder, saved, target)
+    settings = ocp.args.PyTreeRestore(
+        item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target), partial_restore=True
+    )
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        arrays = checkpointer.restore(folder / ARRAYS, args=settings)
+    return details["iteration"], jax.tree.unflatten(jax.tree.structure(abstract_params), [arrays[name] for name in target])
+
+
 class Entry(NamedTuple):
     """A folder that a save has claimed."""
 

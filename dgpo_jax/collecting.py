@@ -15,14 +15,14 @@ from dgpo_jax.config import Config
 from dgpo_jax.evaluation import count_statuses
 from dgpo_jax.learning import in_baseline, sampled_gap, score_responses
 from dgpo_jax.metrics import MetricsWriter
-from dgpo_jax.rewards.pool import VerifierPool
-from dgpo_jax.rewards.shaping import format_reward, overlong_penalty
+from dgpo_jax.rewarding import Rewards, reward_metrics, to_samples
+from dgpo_jax.rewards.checkers import Checkers
 from dgpo_jax.rl.advantages import alike
 from dgpo_jax.rl.experience import by_group, group_count, join, newest, no_groups, select
 from dgpo_jax.rl.kl import kl_estimate
 from dgpo_jax.rl.sampler import TRAINING, Draw
 from dgpo_jax.rl.update import Programs
-from dgpo_jax.rollout import Responses, build_sampling, make_rollout, to_rows
+from dgpo_jax.rollout import Responses, build_sampling, join_responses, make_rollout, to_rows
 from dgpo_jax.session import Stopwatch
 from dgpo_jax.types import Experience, Verdict
 
@@ -39,12 +39,16 @@ class Checked(NamedTuple):
 
     responses: Responses
     verdicts: Sequence[Verdict]  # B
+    worth: Rewards
     experience: Experience
     mean_kl_charge: float = 0.0  # what a KL in the reward took off, on average
 
     def rows(self, number: int) -> list[dict]:
         """What is written to disk of it."""
-        return [{"draw": number} | row for row in to_rows(self.responses, self.verdicts, self.experience.rewards)]
+        rows = to_rows(self.responses, self.verdicts, self.experience.rewards)
+        if len(self.worth.terms) > 1:
+            rows = [row | {"terms": {name: float(values[place]) for name, values in self.worth.terms.items()}} for place, row in enumerate(rows)]
+        return [{"draw": number} | row for row in rows]
 
 
 def nothing_drawn(config: Config) -> Backlog:
@@ -53,7 +57,7 @@ def nothing_drawn(config: Config) -> Backlog:
 
 
 def make_collect(
-    config: Config, parts: Parts, programs: Programs, decode_params, pool: VerifierPool, writer: MetricsWriter, reference
+    config: Config, parts: Parts, programs: Programs, decode_params, checkers: Checkers, reward, writer: MetricsWriter, reference
 ):  # fmt: skip
     """Returns the function (params, Backlog, iteration, Stopwatch) -> (Experience of Q groups, Backlog, metrics).
 
@@ -61,25 +65,31 @@ def make_collect(
     killed and goes on takes the same.
 
     Args:
+        reward: from `rewarding.make_rewards`.
         reference: params of the weights that the run started from; read only by a KL in the reward.
     """
     settings = config.rollout
-    sampling = build_sampling(parts, settings, group_size=settings.group_size, temperature=settings.temperature)
+    sampling = build_sampling(parts, settings)
     rollout = make_rollout(parts, sampling, settings.max_prompt)
     wanted = settings.prompts * (1 + settings.staleness)
 
     def draw(params, weights, position: int, key: Draw, stopwatch: Stopwatch) -> Checked:
-        with stopwatch("rollout"):
-            responses = rollout(weights, parts.stream.take(position, settings.prompts), key)
+        turns, tickets = [], []
+        for start in range(0, settings.prompts, settings.prompts_at_once):
+            with stopwatch("rollout"):
+                problems = parts.stream.take(position + start, settings.prompts_at_once)
+                turns.append(rollout(weights, problems, key._replace(first_prompt=key.first_prompt + start)))
+            tickets += [checkers.submit(*answer) for answer in turns[-1].answers()]  # judged while the next turn is decoded
         with stopwatch("verify"):
-            verdicts = pool.score(responses.answers())
-            experience = to_experience(config, responses, verdicts, key.iteration)
+            responses, verdicts = join_responses(turns), checkers.gather(tickets)
+            worth = reward(responses, verdicts)
+        experience = to_experience(config, responses, worth, key.iteration)
         if not config.kl.in_reward:
-            return Checked(responses, verdicts, experience)
+            return Checked(responses, verdicts, worth, experience)
         with stopwatch("update"):  # forward passes like those before an update
             charge = kl_charge(config, parts, programs, params, reference, experience)
         experience = experience._replace(rewards=experience.rewards - charge)
-        return Checked(responses, verdicts, experience, mean_kl_charge=float(charge.mean()))
+        return Checked(responses, verdicts, worth, experience, mean_kl_charge=float(charge.mean()))
 
     def collect(params, backlog: Backlog, iteration: int, stopwatch: Stopwatch):
         position, waiting = backlog
@@ -94,7 +104,7 @@ def make_collect(
             experience = draws[-1].experience
             teaching = np.ones(settings.prompts, bool)
             if settings.dynamic_sampling:
-                teaching = ~alike(by_group(experience, experience.correct), in_baseline(config, experience))
+                teaching = ~alike(by_group(experience, experience.scores), in_baseline(config, experience))
             waiting = join(waiting, select(experience, np.flatnonzero(teaching)))
             unused = newest(join(unused, select(experience, np.flatnonzero(~teaching))), settings.prompts)
         del weights  # the copy for decoding would otherwise live through the updates
@@ -120,46 +130,13 @@ def make_collect(
     return collect
 
 
-def to_rewards(config: Config, responses: Responses, verdicts: Sequence[Verdict]) -> tuple[np.ndarray, np.ndarray]:
-    """What responses are worth, and which are right.
-
-    Returns:
-        (rewards f32[B]: the answer's worth, or that of a missing tag in its place, less the penalty for length;
-        correct bool[B]: not so without the tags asked for, since it then earns no more than others).
-    """
-    settings = config.reward
-    answers = [settings.correct if verdict.correct else settings.incorrect for verdict in verdicts]
-    formats = format_rewards(config, responses)
-    rewards = [answer if form is None else form for answer, form in zip(answers, formats, strict=True)]
-    correct = [verdict.correct and form is None for verdict, form in zip(verdicts, formats, strict=True)]
-    return np.array(rewards, np.float32) + overlong_penalties(config, responses.lengths), np.array(correct)
-
-
-def format_rewards(config: Config, responses: Responses) -> list[float | None]:
-    """B rewards of responses that did not think in tags, None where the answer decides."""
-    no_think_end, no_think_start = config.reward.no_think_end, config.reward.no_think_start
-    return [
-        format_reward(prompt_end, text, no_think_end=no_think_end, no_think_start=no_think_start)
-        for prompt_end, text in zip(responses.prompt_ends(), responses.texts, strict=True)
-    ]
-
-
-def overlong_penalties(config: Config, length: np.ndarray) -> np.ndarray:
-    """f32[B], 0 or less."""
-    settings = config.reward
-    return overlong_penalty(
-        length, max_response=config.rollout.max_response, buffer=settings.overlong_buffer, factor=settings.overlong_penalty
-    )
-
-
-def to_experience(config: Config, responses: Responses, verdicts: Sequence[Verdict], iteration: int) -> Experience:
+def to_experience(config: Config, responses: Responses, worth: Rewards, iteration: int) -> Experience:
     """What updates need of a draw."""
     prompts, rollout = responses.prompts, responses.rollout
-    rewards, correct = to_rewards(config, responses, verdicts)
     known = config.update.old_logprobs == "sampler"
     old_logprobs = rollout.logprobs if known else np.full_like(rollout.logprobs, np.nan)
     stamp = np.full(len(prompts.tokens), iteration, np.int32)
-    return Experience(prompts, rollout, old_logprobs, correct, rewards, stamp)
+    return Experience(prompts, rollout, old_logprobs, worth.scores, worth.rewards, stamp)
 
 
 def kl_charge(config: Config, parts: Parts, programs: Programs, params, reference, experience: Experience) -> np.ndarray:
@@ -182,14 +159,15 @@ def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:
 
     experiences = [checked.experience for checked in draws]
     length = np.concatenate([checked.responses.lengths for checked in draws])
-    correct = np.concatenate([by_group(experience, experience.correct) for experience in experiences])
+    scores = np.concatenate([by_group(experience, experience.scores) for experience in experiences])
     rollouts = [experience.rollout for experience in experiences]
     logprobs = sum(rollout.logprobs[rollout.response_mask].sum(dtype=np.float64) for rollout in rollouts)
     figures = {
         "reward/mean": float(np.mean([experience.rewards for experience in experiences])),
+        "reward/score": float(scores.mean()),
         "reward/groups_alike": float(np.mean([gives_no_advantage(experience) for experience in experiences])),
-        "reward/groups_all_right": float(correct.all(axis=1).mean()),
-        "reward/groups_all_wrong": float((~correct).all(axis=1).mean()),
+        "reward/groups_all_right": float((scores == 1).all(axis=1).mean()),
+        "reward/groups_all_wrong": float((scores == 0).all(axis=1).mean()),
         "rollout/responses": float(len(length)),
         "rollout/response_length": float(length.mean()),
         "rollout/response_length_max": float(length.max()),
@@ -201,9 +179,8 @@ def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:
     }
     if config.kl.in_reward:
         figures["reward/kl"] = float(np.mean([checked.mean_kl_charge for checked in draws]))
-    if config.reward.overlong_buffer:
-        figures["reward/overlong"] = float(overlong_penalties(config, length).mean())
-    if config.reward.no_think_end is not None or config.reward.no_think_start is not None:
-        missing = [reward is not None for checked in draws for reward in format_rewards(config, checked.responses)]
-        figures["reward/no_think"] = float(np.mean(missing))
+    parts = [checked.worth for checked in draws]
+    terms = {name: np.concatenate([worth.terms[name] for worth in parts]) for name in parts[0].terms}
+    samples = [sample for checked in draws for sample in to_samples(checked.responses, checked.verdicts)]
+    figures |= reward_metrics(config, terms, samples)
     return figures | count_statuses([verdict for checked in draws for verdict in checked.verdicts])

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 
 def require(condition: bool, name: str, value, rule: str, fix: str) -> None:
@@ -81,7 +81,7 @@ class MeshConfig:
 class DataConfig:
     """Where problems come from and how they become prompts."""
 
-    train: str = "generated:arithmetic/train"  # problems to learn from: generated:KIND/SPLIT, a .jsonl file, or tfds:NAME/SPLIT
+    train: str = "generated:arithmetic/train"  # problems to learn from: generated:KIND/SPLIT, tfds:NAME/SPLIT, gym:NAME/SPLIT, builtin:coding/SPLIT, a .jsonl or .parquet file, a Hugging Face folder; several joined by ' + '
     held_out: str = "generated:arithmetic/test"  # problems to evaluate on, never trained on; '' = no evaluation
     size: int = 10_000  # problems in a generated set
     low: int | None = None  # smallest number in a generated problem; None = the kind's own
@@ -91,12 +91,12 @@ class DataConfig:
     unmarked: float = 0.0  # share of generated worked solutions that do not mark their answer
     data_dir: str = ""  # where built TFDS sets are kept; '' = TFDS's own default
     manual_dir: str = ""  # where files for TFDS were put by hand, on machines without a network
-    problem_field: str = "problem"  # JSONL field with the question
-    answer_field: str = "answer"  # JSONL field with the answer
+    problem_field: str = "problem"  # field of a file with the question; a.b.0 reaches into nested ones
+    answer_field: str = "answer"  # field of a file with the answer
     tokenizer: str = ""  # folder or hub name; '' = the model's own; builtin:words = ours, for the generated arithmetic
-    template: str = "chat"  # chat = the tokenizer's chat template; plain = the problem and a newline; or a text with {problem}
-    system: str = ""  # system message of the chat template; '' = the template's own default
-    instruction: str = ""  # appended to every problem, such as 'Put your final answer in \\boxed{}.'
+    template: str = "chat"  # chat = the tokenizer's chat template; r1 = DeepSeek-R1-Distill's; qwen_math = Qwen2.5-Math's; plain = the problem and a newline; or a text with {problem}
+    system: str = ""  # system message; '' = the template's own default
+    instruction: str = ""  # appended to every problem; '' = the template's own default, which r1 has; such as 'Put your final answer in \\boxed{}.'
     too_long: Literal["error", "drop"] = "error"  # what to do with a prompt of more than rollout.max_prompt tokens
 
 
@@ -111,6 +111,7 @@ class RolloutConfig:
     temperature: float = 1.0  # logits are divided by it, in sampler and trainer alike
     top_p: float = 1.0  # sample from the smallest set of tokens with this much probability; 1 = off
     top_k: int = 0  # sample from the k likeliest tokens; 0 = off
+    responses: int = 0  # decoded at once, whole groups; those of one turn are checked while the next is decoded; 0 = all
     dynamic_sampling: bool | None = None  # draw prompts until Q groups have right and wrong answers (DAPO); None = as the method was published
     max_draws: int = 10  # dynamic sampling: of Q prompts each, for every Q groups that are missing; then groups without both fill up
     staleness: int = 0  # iterations between sampling and learning, less where dynamic sampling reaches its cap; 0 = learn at once
@@ -122,19 +123,32 @@ class RolloutConfig:
             self.group_size >= 2, "rollout.group_size", self.group_size,
             "an advantage compares a response with others of its group", "give at least 2",
         )  # fmt: skip
+        all_of_them = self.prompts * self.group_size
+        require(
+            self.responses == 0 or (self.responses in range(0, all_of_them + 1, self.group_size) and all_of_them % self.responses == 0),
+            "rollout.responses", self.responses,
+            f"it is whole groups of {self.group_size} and divides the {all_of_them} responses of a rollout",
+            "give 0 for all, or such a number",
+        )  # fmt: skip
         require(self.temperature > 0, "rollout.temperature", self.temperature, "training samples at random", "give more than 0")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "it is a share of probability", "give more than 0, at most 1")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "it counts tokens", "give 0 for off")
         require(self.staleness >= 0, "rollout.staleness", self.staleness, "it counts iterations", "give 0 to learn at once")
+
+    @property
+    def prompts_at_once(self) -> int:
+        """Prompts whose responses are decoded together."""
+        return self.responses // self.group_size or self.prompts
 
 
 @dataclass(frozen=True)
 class RewardConfig:
     """How answers are checked, and what they are worth."""
 
+    functions: str = "answer"  # what a response is worth, a sum such as 'answer + 0.1 * think - 0.2 * my_rewards:length'; see docs/rewards.md
     extract: Literal["boxed", "marked", "last"] = "boxed"  # boxed = last \\boxed{}; marked = also '#### ' and 'answer is'; last = else the last number
-    correct: float = 1.0  # reward of a right answer
-    incorrect: float | None = None  # reward of anything else; None = as the method was published: -1 for dapo, else 0
+    correct: float = 1.0  # what 'answer' gives for a right answer
+    incorrect: float | None = None  # what it gives for anything else; a program that passes some of its tests is in between; None = as the method was published: -1 for dapo, else 0
     no_think_end: float | None = None  # reward of a response without </think>, whatever its answer (Klear: -0.5); None = not looked at
     no_think_start: float | None = None  # reward of one without <think>, which the prompt may have opened (Klear: -2); None = not looked at
     overlong_buffer: int | None = None  # tokens before max_response over which the penalty grows; 0 = no penalty; None = as the method was published
@@ -160,6 +174,27 @@ class RewardConfig:
         require(self.workers > 0, "reward.workers", self.workers, "somebody must check answers", "give at least 1")
         require(self.deadline_s > 0, "reward.deadline_s", self.deadline_s, "it is a time in seconds", "give more than 0")
         require(self.memory_mb >= 256, "reward.memory_mb", self.memory_mb, "SymPy alone needs about 100", "give at least 256")
+
+
+@dataclass(frozen=True)
+class CodeConfig:
+    """How programs in responses to coding problems are run."""
+
+    grade: Literal["soft", "hard"] = "soft"  # soft = by the share of tests passed; hard = all of them or nothing
+    sandbox: Literal["bubblewrap", "rlimits"] = "bubblewrap"  # rlimits = limits on time and memory only: a program can read, write and delete your files
+    workers: int = 2  # programs run at once
+    test_s: float = 4.0  # seconds of CPU time for one test
+    wall_s: float = 60.0  # seconds on the clock for all tests of a response, after which it is timed out; all its CPU time is at most a third of it
+    memory_mb: int = 512  # of each process of a program
+    max_tests: int = 0  # tests tried, the first of each problem; 0 = all
+
+    def __post_init__(self):
+        require(self.workers > 0, "code.workers", self.workers, "somebody must run programs", "give at least 1")
+        for name in ("test_s", "wall_s"):
+            require(getattr(self, name) > 0, f"code.{name}", getattr(self, name), "it is a time in seconds", "give more than 0")
+        require(self.wall_s >= 3 * self.test_s, "code.wall_s", self.wall_s, "programs that only compute should not meet it", f"give at least 3 times code.test_s, {3 * self.test_s}")
+        require(self.memory_mb >= 64, "code.memory_mb", self.memory_mb, "Python alone needs about 20", "give at least 64")
+        require(self.max_tests >= 0, "code.max_tests", self.max_tests, "it counts tests", "give 0 for all")
 
 
 MethodName = Literal[
@@ -319,18 +354,47 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation: before the first iteration, every so many, and after the last."""
+    """Evaluation: in training before the first iteration, every so many, and after the last; and `dgpo_jax.evaluate`."""
 
     every: int = 10  # iterations; 0 = only before the first and after the last
-    problems: int = 128  # held-out problems, the first of data.held_out
-    samples: int = 8  # k of avg@k, sampled at the temperature below; 0 = greedy only
-    temperature: float = 1.0  # of those samples
+    sets: str = ""  # benchmarks besides data.held_out: 'aime24,math500', or NAME=SOURCE with a source as in data.train; all = the eight that there are
+    problems: int = 128  # of each set, its first; 0 = all
+    samples: int = 8  # n, responses to each problem, for avg@n, pass@k, best@k, maj@k; 0 = none
+    greedy: bool = True  # also one response to each problem at temperature 0
+    temperature: float = 1.0  # of the samples
+    top_p: float = 1.0  # of the samples
+    max_response: int = 0  # tokens; 0 = rollout.max_response
+    responses: int = 0  # sampled at once; 0 = as many as in a rollout
 
     def __post_init__(self):
         require(self.every >= 0, "eval.every", self.every, "it counts iterations", "give 0 for the first and last only")
-        require(self.problems > 0, "eval.problems", self.problems, "it counts problems", "give at least 1, or data.held_out=''")
+        require(self.problems >= 0, "eval.problems", self.problems, "it counts problems", "give 0 for all, or data.held_out='' for no evaluation")
         require(self.samples >= 0, "eval.samples", self.samples, "it counts responses", "give 0 for greedy only")
+        require(self.samples > 0 or self.greedy, "eval.greedy", self.greedy, "with eval.samples at 0 nothing would be evaluated", "set one of them")
         require(self.temperature > 0, "eval.temperature", self.temperature, "these are samples; greedy is reported anyway", "give more than 0")
+        require(0 < self.top_p <= 1, "eval.top_p", self.top_p, "it is a share of probability", "give more than 0, at most 1")
+        for name in ("max_response", "responses"):
+            require(getattr(self, name) >= 0, f"eval.{name}", getattr(self, name), "it counts something", "give 0 for that of the rollout")
+
+
+@dataclass(frozen=True)
+class PrepareConfig:
+    """What `dgpo_jax.prepare` leaves out of data.train, in this order; it writes a JSONL file and a report."""
+
+    deduplicate: bool = True  # problems whose text, but for case, blanks and punctuation, is that of an earlier one
+    against: str = ""  # benchmarks whose problems must not be among them, as in eval.sets; all = the eight that there are
+    ngram: int = 9  # words in a row shared with such a problem that give it away; a shorter problem, if it is contained whole
+    parsable: bool = True  # only problems whose answer can be checked: it equals itself
+    max_solution: int = 0  # tokens of a worked solution; 0 = as long as it likes
+    pass_above: float | None = None  # only problems that the model solves in a larger share of eval.samples (Klear, code: 0.5); None = not measured
+    pass_below: float | None = None  # and in a smaller share, such as 1: those not solved always
+
+    def __post_init__(self):
+        require(self.ngram > 0, "prepare.ngram", self.ngram, "it counts words", "give at least 1; the papers have 9 to 13")
+        require(self.max_solution >= 0, "prepare.max_solution", self.max_solution, "it counts tokens", "give 0 for no limit")
+        for name in ("pass_above", "pass_below"):
+            value = getattr(self, name)
+            require(value is None or 0 <= value <= 1, f"prepare.{name}", value, "it is a share of responses", "give 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -357,6 +421,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     reward: RewardConfig = field(default_factory=RewardConfig)
+    code: CodeConfig = field(default_factory=CodeConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     kl: KlConfig = field(default_factory=KlConfig)
     correction: CorrectionConfig = field(default_factory=CorrectionConfig)
@@ -364,6 +429,7 @@ class Config:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     sft: SftConfig = field(default_factory=SftConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self):
@@ -397,7 +463,8 @@ class Config:
 # Settings that change how a run is carried out, not what it computes: a checkpoint goes on under another value.
 MAY_CHANGE = (
     "iterations", "mesh", "checkpoint", "update.tokens_per_device", "reward.workers", "reward.deadline_s",
-    "reward.memory_mb", "eval.every", "data.data_dir", "data.manual_dir", "sft.checkpoint_every",
+    "reward.memory_mb", "code.workers", "eval.every", "eval.responses", "prepare", "data.data_dir", "data.manual_dir",
+    "sft.checkpoint_every",
 )  # fmt: skip
 
 
@@ -427,6 +494,11 @@ def default_workdir(config: Config) -> Path:
     return Path("runs") / f"{config.name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """Of a command that has no flags but --config and --workdir."""
+
+
 def load(arguments: Sequence[str]) -> Config:
     """Reads `--config=FILE` and the overrides behind it.
 
@@ -438,11 +510,15 @@ def load(arguments: Sequence[str]) -> Config:
     return parse_command(arguments, program="dgpo_jax.config", description="")[0]
 
 
-def parse_command(arguments: Sequence[str], *, program: str, description: str) -> tuple[Config, Path]:
+def parse_command(
+    arguments: Sequence[str], *, program: str, description: str, options: type = NoOptions
+) -> tuple[Config, Path | None, Any]:
     """Reads a whole command line: `--config=FILE [--workdir=DIR] [--config.a.b=value ...]`.
 
+    Args:
+        options: a frozen dataclass; its fields are flags of this command alone, their comments the help.
     Returns:
-        The config and the workdir (the default one if none was given).
+        The config, the workdir (None if none was given), and the options.
     Raises:
         SystemExit: with code 2 after a message for a bad setting, with 0 after `--help`.
     """
@@ -452,21 +528,23 @@ def parse_command(arguments: Sequence[str], *, program: str, description: str) -
     if path is None and not {"-h", "--help"} & set(rest):
         _refuse(f"no --config given; try: python -m {program} --config=configs/smoke.py")
 
+    all_settings = tyro.conf.FlagConversionOff[Config]  # a bool takes a value: --config.eval.greedy=False
+    flags = tyro.conf.OmitArgPrefixes[options]
+
     @dataclass(frozen=True)
     class Command:
-        config: Config
-        workdir: str = ""  # where everything is written; '' = runs/NAME-HASH, found again by the same settings
+        config: all_settings
+        options: flags
+        workdir: str = ""  # where everything is written; '' = a folder named after the config and its settings, found again by the same ones
 
     command = tyro.cli(
         Command,
         args=rest,
-        default=Command(config=_run_config_file(path) if path else Config()),
+        default=Command(config=_run_config_file(path) if path else Config(), options=options()),
         prog=f"python -m {program} --config=FILE",
         description=description,
-        config=(tyro.conf.FlagConversionOff,),
     )
-    workdir = Path(command.workdir) if command.workdir else default_workdir(command.config)
-    return command.config, workdir
+    return command.config, Path(command.workdir) if command.workdir else None, command.options
 
 
 def _split_config_path(arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -509,7 +587,7 @@ def to_json(config: Config) -> str:
 
 
 __all__ = [
-    "CheckpointConfig", "Config", "CorrectionConfig", "DataConfig", "EvalConfig", "KlConfig", "LossConfig", "MeshConfig", "ModelConfig",
-    "OptimizerConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "default_workdir",
+    "CheckpointConfig", "CodeConfig", "Config", "CorrectionConfig", "DataConfig", "EvalConfig", "KlConfig", "LossConfig", "MeshConfig", "ModelConfig", "NoOptions",
+    "OptimizerConfig", "PrepareConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "default_workdir",
     "fixed_settings", "flatten", "load", "parse_command", "to_json",
 ]  # fmt: skip

@@ -47,7 +47,7 @@ def generate(
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer, "tokenizer")
     padded = pad_prompts([[*tokenizer.text_start, *tokenizer.encode(text)] for text in prompts], tokenizer.pad_id)
     sampling = Sampling(group_size, max_response, tokenizer.stop_ids, tokenizer.pad_id, temperature, top_p, top_k)
-    draw = Draw(*(np.int32(number) for number in (seed, EVALUATION, 0, 0)))
+    draw = Draw(*(np.int32(number) for number in (seed, EVALUATION, 0, 0, 0)))
     rollout = to_host(_sampler(model, sampling)(model.cast(params), to_device(padded), to_device(draw)))
     responses = [
         Response(

@@ -83,7 +83,7 @@ def to_compute(config: Config, experience: Experience, advantages: np.ndarray) -
     if config.loss.entropy or config.kl.in_loss:
         wanted = np.ones_like(wanted)
     if config.loss.supervised:
-        wanted = wanted | experience.correct
+        wanted = wanted | (experience.scores == 1)
     return wanted & in_loss(config, experience)
 
 
@@ -94,7 +94,7 @@ def make_minibatches(config: Config, parts: Parts, experience: Experience, advan
     out would make an update the larger the fewer groups it learns from.
     """
     length, counted = lengths(experience), in_loss(config, experience)
-    right, computed = counted & experience.correct, to_compute(config, experience, advantages)
+    right, computed = counted & (experience.scores == 1), to_compute(config, experience, advantages)
     minibatches = []
     for groups in split_groups(group_count(experience), config.update.updates, config.seed, iteration):
         members = np.zeros((group_count(experience), group_size(experience)), bool)

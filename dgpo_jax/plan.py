@@ -21,7 +21,8 @@ def print_plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, ob
     for name, value in rows:
         say(f"  {name:<{width}}  {value}")
     problem = parts.stream.take(0, 1)[0]
-    say(f"first prompt, answer {problem.answer!r}:")
+    judged = f"answer {problem.answer!r}" if problem.checker == "math" else f"judged as {problem.checker}"
+    say(f"first prompt, {judged}:")
     say("  | " + parts.template.render(problem.problem, parts.tokenizer).rstrip("\n").replace("\n", "\n  | "))
 
 
@@ -34,18 +35,21 @@ def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[
     settings = ", ".join(f"{name} {value}" for name, value in method_settings(config).items())
     mesh = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     dropped = f", {parts.dropped} dropped as longer than {rollout.max_prompt} tokens" if parts.dropped else ""
+    benchmarks = "".join(f", {len(problems)} of {name}" for name, problems in parts.benchmarks.items())
+    turns = f", {rollout.responses} at a time" if rollout.responses else ""
     device = parts.mesh.devices.flat[0]
     return [
         ("devices", f"{parts.mesh.size} x {device.device_kind} ({mesh})"),
         ("model", f"{weights / 1e6:.1f} M parameters, {model.layers} layers of width {model.width},"
                   f" computing in {parts.model.compute_dtype.name}"),
-        ("problems", f"{len(parts.stream.problems)} to learn from{dropped}, {len(parts.held_out)} held out"),
+        ("problems", f"{len(parts.stream.problems)} to learn from{dropped}, {len(parts.held_out)} held out{benchmarks}"),
         ("method", f"{config.loss.method} ({settings})" if settings else config.loss.method),
         ("recipe", recipe_line(config)),
+        ("a reward", config.reward.functions),
         ("left open", ", ".join(f"{name} {value}" for name, value in chosen.items()) or "nothing"),
         *warnings(config, chosen),
         ("an iteration", f"{rollout.prompts} prompts x {rollout.group_size} samples = {responses} responses"
-                         f" of up to {rollout.max_response}, then {update.updates} updates"),
+                         f" of up to {rollout.max_response}{turns}, then {update.updates} updates"),
         ("an update", f"{rollout.prompts // update.updates} groups = {responses // update.updates} responses"),
         ("a microbatch", f"{rows} rows of {update.tokens_per_row} on each of {parts.replicas} replicas"),
         ("the run", f"{config.sft.updates} supervised updates, then {config.iterations} iterations"),
@@ -94,7 +98,7 @@ def memory_line(config: Config, parts: Parts) -> str:
     bytes_per_number = parts.model.compute_dtype.itemsize
     state = 4 * 4 * parameter_count(model) / split  # weights, two moments, gradient sum; all f32
     decode = bytes_per_number * parameter_count(model) / parts.mesh.shape["tensor"]
-    rows = rollout.prompts * rollout.group_size / parts.replicas
+    rows = rollout.prompts_at_once * rollout.group_size / parts.replicas
     slots = rollout.max_prompt + rollout.max_response
     heads = model.key_heads / parts.mesh.shape["tensor"]
     reference = bytes_per_number * parameter_count(model) / split if config.kl.coefficient else 0

@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
-from dgpo_jax.build import Parts, prompt_shardings, rollout_shardings
+from dgpo_jax.build import Actor, Parts, prompt_shardings, rollout_shardings
 from dgpo_jax.data.prompts import encode_prompts
 from dgpo_jax.rl.sampler import Draw, Sampling, make_sampler
 from dgpo_jax.sharding import to_device, to_host
@@ -31,36 +32,43 @@ class Responses(NamedTuple):
         """i64[B], tokens, the stop token included."""
         return np.asarray(self.rollout.response_mask).sum(axis=1)
 
-    def first(self, problems: int) -> "Responses":
-        """Those to the first so many problems."""
-        prompts = Prompts(*(array[:problems] for array in self.prompts))
-        rows = problems * self.group_size
-        rollout = Rollout(*(array[:rows] for array in self.rollout))
-        return Responses(self.problems[:problems], prompts, rollout, self.texts[:rows], self.openings[:problems])
-
     def prompt_ends(self) -> list[str]:
         """B texts: "<think>" where the prompt opened it for the model, as R1-Distill's template does, else ""."""
         return [self.openings[row // self.group_size] for row in range(len(self.texts))]
 
-    def answers(self) -> list[tuple[str, str]]:
-        """(reference answer, response) for every row, as the verifier takes them; the opening is the response's."""
+    def answers(self) -> list[tuple[Problem, str]]:
+        """(problem, response) for every row, as the checkers take them; the opening is the response's."""
         return [
-            (self.problems[row // self.group_size].answer, opening + text)
+            (self.problems[row // self.group_size], opening + text)
             for row, (opening, text) in enumerate(zip(self.prompt_ends(), self.texts, strict=True))
         ]
 
 
-def make_rollout(parts: Parts, sampling: Sampling, max_prompt: int) -> Callable[..., Responses]:
+def join_responses(turns: Sequence[Responses]) -> Responses:
+    """One after the other."""
+    if len(turns) == 1:
+        return turns[0]
+    return Responses(
+        [problem for turn in turns for problem in turn.problems],
+        Prompts(*(np.concatenate(arrays) for arrays in zip(*(turn.prompts for turn in turns), strict=True))),
+        Rollout(*(np.concatenate(arrays) for arrays in zip(*(turn.rollout for turn in turns), strict=True))),
+        [text for turn in turns for text in turn.texts],
+        [opening for turn in turns for opening in turn.openings],
+    )
+
+
+def make_rollout(parts: Actor | Parts, sampling: Sampling, max_prompt: int) -> Callable[..., Responses]:
     """Returns the function (decode params, Q problems, Draw of ints) -> Responses.
 
     Q must be the same in every call, and a multiple of the replicas: another size is another program.
     """
+    scalar = NamedSharding(parts.mesh, PartitionSpec())
     sample = make_sampler(parts.model, sampling, out_shardings=rollout_shardings(parts))
 
     def rollout(params, problems: Sequence[Problem], draw: Draw) -> Responses:
         prompts = encode_prompts(problems, parts.tokenizer, parts.template, max_prompt)
         on_device = to_device(prompts, prompt_shardings(parts))
-        numbers = to_device(Draw(*(np.int32(number) for number in draw)), parts.shardings.scalar)
+        numbers = to_device(Draw(*(np.int32(number) for number in draw)), scalar)
         result = to_host(sample(params, on_device, numbers))
         texts = [
             parts.tokenizer.decode(tokens[mask], skip_special=True)
@@ -97,9 +105,10 @@ def to_rows(responses: Responses, verdicts: Sequence[Verdict], rewards: np.ndarr
     ]
 
 
-def build_sampling(parts: Parts, rollout_config, *, group_size: int, temperature: float) -> Sampling:
-    """The sampler's settings: those of the rollout, but for these two."""
+def build_sampling(parts: Actor | Parts, rollout_config) -> Sampling:
+    """The sampler's settings for a rollout to learn from."""
     return Sampling(
-        group_size=group_size, max_response=rollout_config.max_response, stop_ids=parts.tokenizer.stop_ids,
-        pad_id=parts.tokenizer.pad_id, temperature=temperature, top_p=rollout_config.top_p, top_k=rollout_config.top_k,
+        group_size=rollout_config.group_size, max_response=rollout_config.max_response, stop_ids=parts.tokenizer.stop_ids,
+        pad_id=parts.tokenizer.pad_id, temperature=rollout_config.temperature, top_p=rollout_config.top_p,
+        top_k=rollout_config.top_k,
     )  # fmt: skip

@@ -6,25 +6,35 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 
-from dgpo_jax.config import Config, fixed_settings, flatten, parse_command, to_json
+from dgpo_jax.config import Config, NoOptions, default_workdir, fixed_settings, flatten, parse_command, to_json
+from dgpo_jax.data.problems import fingerprint
+from dgpo_jax.types import Problem
 
 CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
 
 
-def run_command(program: str, description: str, story: Callable[[Config, Path], object]) -> None:
-    """Runs `story(config, workdir)` as a command: bad input is one line and exit code 1, never a traceback.
+def run_command(program: str, description: str, story: Callable[..., object], options: type = NoOptions) -> None:
+    """Runs a story as a command: bad input is one line and exit code 1, never a traceback.
 
     DGPO_JAX_TRACEBACK=1 shows the traceback all the same.
+
+    Args:
+        story: called as story(config, workdir), the workdir found by the settings if none was given; with `options`
+            as story(config, workdir or None, options).
+        options: see `config.parse_command`.
     """
-    config, workdir = parse_command(sys.argv[1:], program=program, description=description)
+    config, workdir, chosen = parse_command(sys.argv[1:], program=program, description=description, options=options)
     use_compilation_cache()
     try:
-        story(config, workdir)
+        if options is NoOptions:
+            story(config, workdir or default_workdir(config))
+        else:
+            story(config, workdir, chosen)
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("DGPO_JAX_TRACEBACK"):
             raise
@@ -55,11 +65,34 @@ def claim_workdir(config: Config, workdir: Path) -> None:
         record = workdir / "config.json"
         if record.exists() and has_results(workdir):
             refuse_changes(config, record)
-        temporary = record.with_suffix(".partial")
-        temporary.write_text(to_json(config))
-        os.replace(temporary, record)  # a kill leaves the old file or the new one, never half of it
+        write_whole(record, to_json(config))
     except OSError as error:
         raise ValueError(f"--workdir {workdir} cannot be written: {error.strerror}; choose another.") from None
+
+
+def claim_problems(workdir: Path, **sets: Sequence[Problem]) -> None:
+    """Records which problems the run is about, in problems.json.
+
+    Raises:
+        ValueError: the run in the workdir was started with others under the same names: a file was edited meanwhile.
+    """
+    record = workdir / "problems.json"
+    prints = {name: {"problems": len(problems), "sha256": fingerprint(problems)} for name, problems in sets.items()}
+    before = json.loads(record.read_text()) if record.exists() and has_results(workdir) else {}
+    changed = [name for name in prints if before.get(name, prints[name]) != prints[name]]
+    if changed:
+        raise ValueError(
+            f"{workdir} holds a run with other {changed[0]} problems: they were {before[changed[0]]['problems']} and are"
+            f" {prints[changed[0]]['problems']}, or their texts have changed. Put them back, or use another --workdir."
+        )
+    write_whole(record, json.dumps(before | prints, indent=2) + "\n")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A kill leaves the old file or the new one, never half of it."""
+    temporary = path.with_suffix(".partial")
+    temporary.write_text(text)
+    os.replace(temporary, path)
 
 
 def has_results(workdir: Path) -> bool:

@@ -8,14 +8,14 @@ checkpoint of iteration 0.
 
 from pathlib import Path
 
-from dgpo_jax.build import build_parts, build_pool, fresh_state, make_decode_params
+from dgpo_jax.build import build_checkers, build_parts, fresh_state, make_decode_params
 from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation import make_evaluation
 from dgpo_jax.plan import print_plan
 from dgpo_jax.recipe import published, resolve
 from dgpo_jax.restart import at_the_start, save
-from dgpo_jax.session import claim_workdir, run_command, say
+from dgpo_jax.session import claim_problems, claim_workdir, run_command, say
 from dgpo_jax.supervised import warm_start
 
 
@@ -37,14 +37,15 @@ def sft(config: Config, workdir: str | Path) -> dict[str, float]:
         say(f"nothing to do: {workdir}/checkpoints has iteration {found[0]}, which came after the warm start")
         return {}
     parts = build_parts(config)
+    claim_problems(workdir, training=parts.stream.problems, held_out=parts.held_out, **parts.benchmarks)
     print_plan(config, parts, workdir, chosen_for_you)
     with (
-        build_pool(config.reward) as pool,
+        build_checkers(config, parts.problems()) as checkers,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
         state = fresh_state(parts, warm_start(config, parts, workdir).params)
         save(checkpoints, at_the_start(config, state))
-        scores, _ = make_evaluation(config, parts, pool)(make_decode_params(parts)(state.params))
+        scores, _ = make_evaluation(config, parts, checkers)(make_decode_params(parts)(state.params))
     for name, value in scores.items():
         say(f"{name:<24} {value:.3f}")
     say(f"weights in {workdir}/checkpoints; python -m dgpo_jax.train with the same settings goes on from them")

@@ -18,16 +18,17 @@ import jax
 
 from dgpo_jax.build import (
     Parts,
+    abstract_params,
+    build_checkers,
     build_params,
     build_parts,
-    build_pool,
     build_programs,
     build_reference,
     build_state,
     fresh_state,
     make_decode_params,
 )
-from dgpo_jax.checkpoint import Checkpoints, peek
+from dgpo_jax.checkpoint import Checkpoints, locate, peek, read_params
 from dgpo_jax.collecting import make_collect
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation import make_evaluation
@@ -37,8 +38,9 @@ from dgpo_jax.plan import print_plan
 from dgpo_jax.plots import plot_curves
 from dgpo_jax.recipe import published, resolve
 from dgpo_jax.restart import Progress, at_the_start, restore, save
-from dgpo_jax.rewards.pool import VerifierPool
-from dgpo_jax.session import Stopwatch, claim_workdir, memory_metrics, run_command, say
+from dgpo_jax.rewarding import make_rewards
+from dgpo_jax.rewards.checkers import Checkers
+from dgpo_jax.session import Stopwatch, claim_problems, claim_workdir, memory_metrics, run_command, say
 from dgpo_jax.supervised import warm_start
 
 
@@ -58,16 +60,18 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
         say(f"nothing to do: all {config.iterations} iterations were done before; raise iterations to go on")
         MetricsWriter(workdir, resume_iteration=found[0] + 1).close()  # lines of a longer run that was killed
         return finish(config, workdir)
+    reward = make_rewards(config)
     parts = build_parts(config)
+    claim_problems(workdir, training=parts.stream.problems, held_out=parts.held_out, **parts.benchmarks)
     print_plan(config, parts, workdir, chosen_for_you)
     programs, decode_params = build_programs(config, parts), make_decode_params(parts)
 
     with (
-        build_pool(config.reward) as pool,
+        build_checkers(config, parts.problems()) as checkers,
         Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
     ):
-        check_golds(pool, parts)
-        evaluate = make_evaluation(config, parts, pool)
+        check_golds(checkers, parts)
+        evaluate = make_evaluation(config, parts, checkers)
         done, state, skipped, backlog = find_start(config, parts, checkpoints, workdir)
         reference = find_reference(config, parts, workdir)
         with (
@@ -75,7 +79,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
             progress("iterations", config.iterations) as advance,
             jax.transfer_guard("disallow"),
         ):
-            collect = make_collect(config, parts, programs, decode_params, pool, writer, reference)
+            collect = make_collect(config, parts, programs, decode_params, checkers, reward, writer, reference)
             advance(done)
             stopwatch = Stopwatch(show=lambda part: advance(0, part))
             if not done:
@@ -118,11 +122,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     return finish(config, workdir)
 
 
-def check_golds(pool: VerifierPool, parts: Parts) -> None:
-    """Warns of held-out answers that the checker cannot match with themselves: nobody could ever get them right."""
-    bad = pool.check_golds(parts.held_out)
-    if bad:
-        say(f"warning: {len(bad)} held-out answers cannot be checked, such as {bad[0].answer!r} of {bad[0].id}")
+def check_golds(checkers: Checkers, parts: Parts) -> None:
+    """Warns of reference answers that the checker cannot match with themselves: nobody could ever get them right."""
+    for name, problems in (("training", parts.stream.problems), ("held-out", parts.held_out), *parts.benchmarks.items()):
+        bad = checkers.check_golds(problems)
+        if bad:
+            say(f"warning: {len(bad)} {name} answers cannot be checked, such as {bad[0].answer!r} of {bad[0].id}; python -m dgpo_jax.prepare leaves them out")
 
 
 def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path) -> Progress:
@@ -157,7 +162,7 @@ def find_reference(config: Config, parts: Parts, workdir: Path):
             f"{workdir}/sft/checkpoints lacks update {config.sft.updates}, whose weights kl.coefficient ="
             f" {config.kl.coefficient} keeps the policy near; put the folder back, or start in another --workdir."
         )
-    return build_reference(parts, warm_start(config, parts, workdir).params)
+    return build_reference(parts, read_params(locate(workdir / "sft"), abstract_params(parts))[1])
 
 
 def evaluation(evaluate, weights, writer: MetricsWriter, iteration: int, stopwatch: Stopwatch, metrics: dict) -> None:

@@ -71,7 +71,7 @@ def make_parts(scripts: Sequence[str] = ("rw",)) -> Parts:
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     shardings = Shardings(TrainState(HERE, HERE, HERE), TrainBatch(*[HERE] * len(TrainBatch._fields)), HERE)
     tokenizer = SimpleNamespace(stop_ids=(0,), pad_id=0)
-    return Parts(mesh, "", tokenizer, None, in_order(scripts), [], 0, Unigram(), optax.identity(), shardings)
+    return Parts(mesh, "", tokenizer, None, Unigram(), in_order(scripts), [], {}, 0, optax.identity(), shardings)
 
 
 def in_order(scripts: Sequence[str]) -> ProblemStream:
@@ -145,9 +145,12 @@ class ScriptedPool:
     def __init__(self):
         self.asked = []
 
-    def score(self, answers):
-        self.asked += [text for _, text in answers]
-        return [Verdict("correct" if text[-1] in "rR" else "wrong", text[-1]) for _, text in answers]
+    def submit(self, problem, text):
+        self.asked.append(text)
+        return Verdict("correct" if text[-1] in "rR" else "wrong", text[-1])
+
+    def gather(self, tickets):
+        return list(tickets)
 
 
 class Notebook:

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 
 from dgpo_jax import session, sft, train
+from dgpo_jax.config import load
 from dgpo_jax.models.hf import SINGLE
 from dgpo_jax.recipe import resolve
+from dgpo_jax.types import Problem
 
 ROOT = Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'tests/tiny_config.py'}"
@@ -219,10 +221,26 @@ def test_a_workdir_in_which_nothing_was_computed_may_be_used_with_other_settings
 
 
 def record_run(tmp_path, metrics=""):
-    config = session.parse_command([TINY], program="test", description="")[0]
+    config = load([TINY])
     session.claim_workdir(resolve(config), tmp_path / "run")
     (tmp_path / "run/sft").mkdir()
     (tmp_path / "run/sft/metrics.jsonl").write_text(metrics)
+
+
+def test_a_run_whose_problems_were_edited_meanwhile_is_refused(refuse, tmp_path):
+    record_run(tmp_path, '{"update": 5}\n')
+    session.claim_problems(tmp_path / "run", held_out=[Problem("1", "2 + 2?", "5", "test")])
+    message = refuse(TINY)
+    assert "other held_out problems: they were 1 and are 12, or their texts have changed. Put them back" in message
+
+
+def test_the_problems_of_a_run_are_known_by_their_content(tmp_path):
+    record_run(tmp_path, '{"update": 5}\n')
+    problem, workdir = Problem("1", "2 + 2?", "5", "test"), tmp_path / "run"
+    session.claim_problems(workdir, training=[problem])
+    session.claim_problems(workdir, training=[problem], aime24=[problem])  # the same, and another set besides
+    with pytest.raises(ValueError, match="other training problems"):
+        session.claim_problems(workdir, training=[problem._replace(answer="4")])
 
 
 def test_a_warm_start_on_problems_without_solutions_is_refused(refuse, tmp_path):

@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dgpo_jax import checkpoint
-from dgpo_jax.checkpoint import Checkpoints, peek
+from dgpo_jax.checkpoint import Checkpoints, locate, peek, read_params
 from dgpo_jax.manifest import write_manifest
 from dgpo_jax.types import TrainState
 
@@ -404,3 +404,47 @@ def test_details_say_which_arrays_a_checkpoint_holds(tmp_path):
     details = json.loads((tmp_path / "iteration_000002" / "details.json").read_text())
     assert details["arrays"]["params/embed"] == "float32[64, 32]"
     assert details["arrays"]["opt_state/0/embed"] == "bfloat16[64, 32]"
+
+
+# --- weights alone ---
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/iteration_000002"])
+def test_the_newest_weights_of_a_run_are_read_without_the_optimizers_state(tmp_path, below):
+    _, state = save_two(tmp_path / "checkpoints")
+    iteration, params = read_params(locate(tmp_path / below), make_abstract(state).params)
+    assert iteration == 2 and bits(params) == bits(state.params)
+
+
+def test_the_weights_of_an_older_iteration_are_read_where_it_is_named(tmp_path):
+    state, _ = save_two(tmp_path / "checkpoints")
+    iteration, params = read_params(locate(tmp_path / "checkpoints/iteration_000001"), make_abstract(state).params)
+    assert iteration == 1 and bits(params) == bits(state.params)
+
+
+def test_weights_are_read_onto_another_mesh(tmp_path):
+    _, state = save_two(tmp_path / "checkpoints")
+    sharding = make_sharding(fsdp=4, tensor=2)
+    _, params = read_params(locate(tmp_path), make_abstract(state, sharding).params)
+    assert bits(params) == bits(state.params) and params["embed"].sharding == sharding
+
+
+def test_a_damaged_checkpoint_of_a_run_is_passed_over_and_left_where_it_is(tmp_path):
+    save_two(tmp_path / "checkpoints")
+    flip_a_byte(tmp_path / "checkpoints/iteration_000002")
+    assert locate(tmp_path).name == "iteration_000001"
+    assert names(tmp_path / "checkpoints") == ["iteration_000001", "iteration_000002"]  # the run may be alive: it is its to rename
+    with pytest.raises(ValueError, match="is damaged"):
+        locate(tmp_path / "checkpoints/iteration_000002")
+
+
+def test_a_folder_without_checkpoints_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no finished checkpoint there; name the workdir"):
+        locate(tmp_path)
+
+
+def test_weights_of_another_model_are_refused(tmp_path):
+    _, state = save_two(tmp_path / "checkpoints")
+    other = make_abstract(state).params | {"embed": jax.ShapeDtypeStruct((64, 16), jnp.float32, sharding=make_sharding())}
+    with pytest.raises(ValueError, match=r"params/embed is float32\[64, 32\] in the checkpoint and float32\[64, 16\] here"):
+        read_params(locate(tmp_path), other)

@@ -8,6 +8,7 @@ from dgpo_jax import collecting
 from dgpo_jax.build import build_programs
 from dgpo_jax.collecting import Backlog, make_collect, nothing_drawn
 from dgpo_jax.learning import compute_advantages
+from dgpo_jax.rewarding import make_rewards
 from dgpo_jax.rl.experience import by_group, from_arrays, to_arrays
 from dgpo_jax.session import Stopwatch
 
@@ -32,7 +33,7 @@ def collect(rollout):
         config = config_for({"rollout.prompts": 2} | settings)
         once = make_collect(
             config, make_parts(scripts.split()), None, lambda params: f"decode {params}", pool or ScriptedPool(),
-            notebook or Notebook(), None,
+            make_rewards(config), notebook or Notebook(), None,
         )  # fmt: skip
         results, backlog = [], backlog or nothing_drawn(config)
         for iteration in range(first, first + iterations):
@@ -234,7 +235,7 @@ def test_a_response_that_did_not_think_in_tags_gets_the_reward_of_that(collect, 
     np.testing.assert_array_equal(advantages_of(experience), [[half, -half], [-half, half]])
     assert metrics["reward/no_think"] == (0.5 if expected in (-0.5, -2.0) else 0.0)
     # Worth no more than a wrong answer, so none to be learned by heart.
-    assert experience.correct.tolist() == [expected == 1, False, False, expected == 1]
+    assert experience.scores.tolist() == [expected == 1, False, False, expected == 1]
 
 
 def test_a_right_answer_without_its_tags_makes_no_group_that_teaches(collect, rollout):
@@ -263,7 +264,7 @@ def collect_charged(settings, scripts="rw wr"):
     config = config_for({"rollout.prompts": 2, "kl.coefficient": 0.5, "kl.place": "reward", "loss.advantage": "dr_grpo"} | settings)
     parts, notebook, pool = make_parts(scripts.split()), Notebook(), ScriptedPool()
     reference, programs = unigram([0.25] * 4), build_programs(config, parts)
-    collect = make_collect(config, parts, programs, lambda params: params, pool, notebook, reference)
+    collect = make_collect(config, parts, programs, lambda params: params, pool, make_rewards(config), notebook, reference)
     experience, _, metrics = collect(unigram(), nothing_drawn(config), 1, Stopwatch(lambda part: None))
     return experience, metrics, notebook.rows[1]
 
@@ -278,7 +279,7 @@ def test_a_kl_in_the_reward_takes_a_responses_sum_off_its_reward(rollout, estima
     np.testing.assert_allclose([row["reward"] for row in rows], experience.rewards)
     np.testing.assert_allclose(metrics["reward/mean"], (right + wrong) / 2, rtol=1e-5)
     np.testing.assert_allclose(metrics["reward/kl"], (1 - right - wrong) / 2, rtol=1e-5)
-    assert experience.correct.tolist() == [True, False, False, True]
+    assert experience.scores.tolist() == [True, False, False, True]
 
 
 def test_the_kl_in_the_reward_is_of_the_trainers_policy_or_of_the_samplers_as_old_logprobs_are(rollout):
@@ -293,3 +294,27 @@ def test_the_kl_in_the_reward_is_of_the_trainers_policy_or_of_the_samplers_as_ol
 def test_the_kl_in_the_reward_does_not_decide_which_groups_teach(rollout):
     experience, metrics, _ = collect_charged(DYNAMIC, "rr wr ww rw")
     assert places(experience) == [1, 3] and metrics["rollout/draws"] == 2
+
+
+# --- in turns ---
+
+
+def test_responses_decoded_in_turns_are_those_of_one_turn(collect, rollout):
+    script, notebooks = "rw wr rr wr", (Notebook(), Notebook())
+    together, in_turns = (
+        collect(script, {"rollout.prompts": 4, "rollout.responses": responses}, notebook=notebook)
+        for responses, notebook in zip((0, 4), notebooks, strict=True)
+    )
+    draws = [(places, draw.first_prompt) for _, places, draw in rollout.calls]
+    assert draws == [([0, 1, 2, 3], 0), ([0, 1], 0), ([2, 3], 2)]
+    for name, array in to_arrays(together[0][0]).items():
+        np.testing.assert_array_equal(array, to_arrays(in_turns[0][0])[name])
+    assert notebooks[0].rows == notebooks[1].rows
+
+
+def test_a_turn_is_handed_to_the_checker_before_the_next_one_is_decoded(collect, rollout):
+    pool, asked = ScriptedPool(), []
+    decode = rollout.rollout
+    rollout.rollout = lambda *arguments: (asked.append(len(pool.asked)), decode(*arguments))[1]
+    collect("rw wr rr wr", {"rollout.prompts": 4, "rollout.responses": 2}, pool=pool)
+    assert asked == [0, 2, 4, 6]

@@ -10,6 +10,7 @@ import pytest
 
 from dgpo_jax.config import (
     CheckpointConfig,
+    CodeConfig,
     Config,
     CorrectionConfig,
     DataConfig,
@@ -19,6 +20,7 @@ from dgpo_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    PrepareConfig,
     RewardConfig,
     RolloutConfig,
     SftConfig,
@@ -27,6 +29,7 @@ from dgpo_jax.config import (
     fixed_settings,
     flatten,
     load,
+    parse_command,
     to_json,
 )
 from dgpo_jax.rl.advantages import ESTIMATORS
@@ -37,8 +40,8 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(ROOT.glob("configs/*.py"))
 SMOKE = f"--config={ROOT / 'configs/smoke.py'}"
 SECTIONS = (
-    ModelConfig, MeshConfig, DataConfig, RolloutConfig, RewardConfig, LossConfig, KlConfig, CorrectionConfig, UpdateConfig,
-    OptimizerConfig, SftConfig, EvalConfig, CheckpointConfig,
+    ModelConfig, MeshConfig, DataConfig, RolloutConfig, RewardConfig, CodeConfig, LossConfig, KlConfig, CorrectionConfig,
+    UpdateConfig, OptimizerConfig, SftConfig, EvalConfig, PrepareConfig, CheckpointConfig,
 )  # fmt: skip
 
 
@@ -164,6 +167,9 @@ BROKEN = [
     (RolloutConfig, "rollout", "top_p", 1.5, "at most 1"),
     (RolloutConfig, "rollout", "top_k", -1, "0 for off"),
     (RolloutConfig, "rollout", "max_draws", 0, "at least 1"),
+    (RolloutConfig, "rollout", "responses", 12, "whole groups of 8"),  # 1.5 of them
+    (RolloutConfig, "rollout", "responses", 40, "divides the 256 responses"),
+    (RolloutConfig, "rollout", "responses", -8, "0 for all"),
     (RolloutConfig, "rollout", "staleness", -1, "0 to learn at once"),
     (RewardConfig, "reward", "correct", float("inf"), "give a number"),
     (RewardConfig, "reward", "correct", float("nan"), "give a number"),
@@ -225,9 +231,22 @@ BROKEN = [
     (SftConfig, "sft", "learning_rate", 0.0, "more than 0"),
     (SftConfig, "sft", "warmup_updates", -1, "0 for none"),
     (EvalConfig, "eval", "every", -1, "first and last only"),
-    (EvalConfig, "eval", "problems", 0, "data.held_out=''"),
+    (EvalConfig, "eval", "problems", -1, "data.held_out=''"),
     (EvalConfig, "eval", "samples", -1, "greedy only"),
     (EvalConfig, "eval", "temperature", 0.0, "more than 0"),
+    (EvalConfig, "eval", "top_p", 0.0, "at most 1"),
+    (EvalConfig, "eval", "max_response", -1, "that of the rollout"),
+    (EvalConfig, "eval", "responses", -1, "that of the rollout"),
+    (CodeConfig, "code", "workers", 0, "at least 1"),
+    (CodeConfig, "code", "test_s", 0.0, "more than 0"),
+    (CodeConfig, "code", "wall_s", float("nan"), "more than 0"),
+    (CodeConfig, "code", "wall_s", 10.0, "3 times code.test_s, 12.0"),
+    (CodeConfig, "code", "memory_mb", 16, "at least 64"),
+    (CodeConfig, "code", "max_tests", -1, "0 for all"),
+    (PrepareConfig, "prepare", "ngram", 0, "9 to 13"),
+    (PrepareConfig, "prepare", "max_solution", -1, "0 for no limit"),
+    (PrepareConfig, "prepare", "pass_above", 1.5, "0 to 1"),
+    (PrepareConfig, "prepare", "pass_below", float("nan"), "0 to 1"),
     (CheckpointConfig, "checkpoint", "every", 0, "at least 1"),
     (CheckpointConfig, "checkpoint", "keep", 0, "at least 1"),
 ]
@@ -243,6 +262,28 @@ def test_a_setting_that_breaks_its_rule_is_refused_with_value_and_fix(section, n
     together = name == "mesh" or setting in ("low", "high")
     assert message.startswith(several[name] if together else f"{name}.{setting} is {value!r}") and repr(value) in message
     assert expected in message and "\n" not in message
+
+
+def test_an_evaluation_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="eval.greedy is False, but with eval.samples at 0 nothing would be evaluated"):
+        EvalConfig(samples=0, greedy=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Of some command."""
+
+    checkpoint: str = ""  # whose weights
+    regrade: bool = False  # again
+
+
+@pytest.mark.parametrize("arguments, expected", [
+    ([], (None, Flags())),
+    (["--regrade", "--workdir=here", "--checkpoint=there"], (Path("here"), Flags("there", True))),
+])  # fmt: skip
+def test_a_command_may_have_flags_of_its_own(arguments, expected):
+    config, *rest = parse_command([SMOKE, "--config.seed=5", *arguments], program="test", description="", options=Flags)
+    assert config.seed == 5 and tuple(rest) == expected
 
 
 def test_what_is_left_open_breaks_no_rule():
@@ -387,9 +428,9 @@ def test_fixed_settings_leave_out_only_what_may_change():
     left_out = flatten(config).keys() - fixed_settings(config).keys()
     assert left_out == {
         "iterations", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.every", "checkpoint.keep", "reward.workers",
-        "reward.deadline_s", "reward.memory_mb", "eval.every", "update.tokens_per_device", "data.data_dir", "data.manual_dir",
-        "sft.checkpoint_every",
-    }  # fmt: skip
+        "reward.deadline_s", "reward.memory_mb", "code.workers", "eval.every", "eval.responses", "update.tokens_per_device",
+        "data.data_dir", "data.manual_dir", "sft.checkpoint_every",
+    } | {f"prepare.{field.name}" for field in dataclasses.fields(PrepareConfig)}  # fmt: skip
     assert fixed_settings(config)["loss.method"] == "dgpo"
 
 

@@ -33,7 +33,7 @@ def make(*groups, size=2):
             rows % 10 == 1,
         ),
         old_logprobs=np.where(mask, -rows[:, None] / 2, np.nan).astype(np.float32),
-        correct=rows % 10 == 0, rewards=rows.astype(np.float32), iteration=names + 100,
+        scores=np.float32(rows % 10 == 0), rewards=rows.astype(np.float32), iteration=names + 100,
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def test_what_is_kept_in_a_checkpoint_comes_back(tmp_path):
 def test_kept_arrays_are_flat_and_named_after_their_fields():
     assert set(to_arrays(make(4))) == {
         "prompts.tokens", "prompts.mask", "rollout.response", "rollout.response_mask", "rollout.logprobs",
-        "rollout.truncated", "old_logprobs", "correct", "rewards", "iteration",
+        "rollout.truncated", "old_logprobs", "scores", "rewards", "iteration",
     }  # fmt: skip
 
 

@@ -24,9 +24,10 @@ from scripted import change
 from dgpo_jax import build, train
 from dgpo_jax.build import abstract_state, build_parts, build_state
 from dgpo_jax.checkpoint import Checkpoints
-from dgpo_jax.config import RewardConfig, flatten, load
+from dgpo_jax.config import flatten, load
 from dgpo_jax.metrics import read_metrics
 from dgpo_jax.recipe import resolve
+from dgpo_jax.rewards.checkers import Checkers, CodeSettings, MathSettings
 from dgpo_jax.rl.experience import by_group, from_arrays, group_count
 from dgpo_jax.rl.losses import METHODS
 from dgpo_jax.sharding import make_mesh, to_host
@@ -72,9 +73,9 @@ def quick_compiler(tmp_path_factory):
 @pytest.fixture(scope="module", autouse=True)
 def surroundings():
     """One device, and one checker for all runs: starting one takes longer than a run. No curves are drawn."""
-    with pytest.MonkeyPatch.context() as patch, build.build_pool(RewardConfig(extract="last", workers=1)) as pool:
+    with pytest.MonkeyPatch.context() as patch, Checkers(MathSettings(extract="last", workers=1), CodeSettings(), {"math"}) as checkers:
         patch.setattr(build, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
-        patch.setattr(train, "build_pool", lambda reward: contextlib.nullcontext(pool))
+        patch.setattr(train, "build_checkers", lambda config, problems: contextlib.nullcontext(checkers))
         patch.setattr(train, "plot_curves", lambda *_, **__: None)
         yield
 
@@ -411,11 +412,11 @@ def test_what_was_learned_from_late_came_with_its_log_probabilities_and_what_is_
 def test_a_run_with_the_samplers_log_probabilities_scores_one_microbatch_an_iteration(run, monkeypatch):
     scored = []
 
-    def build_programs(config, parts):
+    def watched(config, parts):
         programs = build.build_programs(config, parts)
         return programs._replace(score=lambda *arguments: (scored.append(1), programs.score(*arguments))[1])
 
-    monkeypatch.setattr(train, "build_programs", build_programs)
+    monkeypatch.setattr(train, "build_programs", watched)
     rows = run([*RECIPES[DYNAMIC][:3], "--config.update.old-logprobs=sampler"]).rows
     assert len(rows) == len(scored) == 2
     assert all(row["policy/ratio_max"] > 1 and 0 < row["gap/mean"] <= row["gap/max"] < 1e-4 for row in rows)

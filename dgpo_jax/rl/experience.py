@@ -35,7 +35,7 @@ def select(experience: Experience, groups: Sequence[int] | np.ndarray) -> Experi
         prompts=Prompts(*(array[groups] for array in experience.prompts)),
         rollout=Rollout(*(array[rows] for array in experience.rollout)),
         old_logprobs=experience.old_logprobs[rows],
-        correct=experience.correct[rows],
+        scores=experience.scores[rows],
         rewards=experience.rewards[rows],
         iteration=experience.iteration[groups],
     )
@@ -53,7 +53,7 @@ def join(first: Experience, second: Experience) -> Experience:
         prompts=_join(first.prompts, second.prompts),
         rollout=_join(first.rollout, second.rollout),
         old_logprobs=np.concatenate([first.old_logprobs, second.old_logprobs]),
-        correct=np.concatenate([first.correct, second.correct]),
+        scores=np.concatenate([first.scores, second.scores]),
         rewards=np.concatenate([first.rewards, second.rewards]),
         iteration=np.concatenate([first.iteration, second.iteration]),
     )
@@ -74,7 +74,7 @@ def no_groups(max_prompt: int, max_response: int) -> Experience:
         rollout=Rollout(
             array(np.int32, max_response), array(bool, max_response), array(np.float32, max_response), array(bool)
         ),
-        old_logprobs=array(np.float32, max_response), correct=array(bool), rewards=array(np.float32),
+        old_logprobs=array(np.float32, max_response), scores=array(np.float32), rewards=array(np.float32),
         iteration=array(np.int32),
     )  # fmt: skip
 
@@ -90,5 +90,5 @@ def from_arrays(arrays: Mapping[str, np.ndarray]) -> Experience:
     """The other way round; an empty mapping is not an Experience."""
     prompts = Prompts(*(arrays[f"prompts.{field}"] for field in Prompts._fields))
     rollout = Rollout(*(arrays[f"rollout.{field}"] for field in Rollout._fields))
-    others = {field: arrays[field] for field in ("old_logprobs", "correct", "rewards", "iteration")}
+    others = {field: arrays[field] for field in ("old_logprobs", "scores", "rewards", "iteration")}
     return Experience(prompts, rollout, **others)

@@ -42,6 +42,7 @@ class Draw(NamedTuple):
     stream: Any  # i32[], what the responses are for: TRAINING or EVALUATION
     iteration: Any  # i32[]
     first_prompt: Any  # i32[], number of this batch's first prompt within the iteration
+    first_sample: Any = 0  # i32[], number of this batch's first sample of every prompt
 
 
 TRAINING, EVALUATION = 0, 1
@@ -176,7 +177,8 @@ def row_keys(draw: Draw, prompts: int, group_size: int):
         base = jax.random.fold_in(base, number)
     prompt = draw.first_prompt + jnp.arange(prompts)
     prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(base, prompt)
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(prompt_keys, jnp.arange(group_size))
+    sample = draw.first_sample + jnp.arange(group_size)
+    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(prompt_keys, sample)
     return keys.reshape(prompts * group_size)
 
 

@@ -125,9 +125,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 def check_golds(checkers: Checkers, parts: Parts) -> None:
     """Warns of reference answers that the checker cannot match with themselves: nobody could ever get them right."""
     for name, problems in (("training", parts.stream.problems), ("held-out", parts.held_out), *parts.benchmarks.items()):
-        bad = checkers.check_golds(problems)
-        if bad:
-            say(f"warning: {len(bad)} {name} answers cannot be checked, such as {bad[0].answer!r} of {bad[0].id}; python -m dgpo_jax.prepare leaves them out")
+        flaws = checkers.check_golds(problems)
+        for problem, why in list(flaws.items())[:1]:
+            say(f"warning: {len(flaws)} {name} problems cannot be checked, such as {problem}: {why}; dgpo_jax.prepare leaves them out")
 
 
 def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path) -> Progress:

@@ -7,8 +7,9 @@
 A pool is started only for the kinds of problems that there are.
 """
 
+import collections
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
@@ -77,21 +78,25 @@ class Checkers:
         """A ticket for whether two mathematical answers are the same; `math` must be among the kinds."""
         return self._pools["math"].compare(answer, other, tolerance)
 
-    def check_golds(self, problems: Iterable[Problem]) -> list[Problem]:
-        """Returns the problems whose reference answer is not found to be right: nobody could be. Programs are not run.
+    def check_golds(self, problems: Iterable[Problem], advance: Callable[[int], object] = lambda count: None) -> dict[str, str]:
+        """{id: reason} of the problems that no response could be right about. Programs are not run.
 
-        Raises:
-            ValueError: the tests of a coding problem are not tests.
+        Args:
+            advance: told how many problems were looked at, for a progress bar.
         """
-        problems = list(problems)
+        kinds = collections.defaultdict(list)
         for problem in problems:
-            if problem.checker == "code":
-                parse_tests(problem.tests, problem.id)
-        bad = []
-        for kind in ("math", "gym"):
-            chosen = [problem for problem in problems if problem.checker == kind]
-            bad += self._pools[kind].check_golds(chosen) if chosen else []
-        return bad
+            kinds[problem.checker].append(problem)
+        flaws = self._pools["math"].check_golds(kinds["math"], advance) if kinds["math"] else {}
+        puzzles = [problem for problem in kinds["gym"] if problem.answer]
+        flaws |= self._pools["gym"].check_golds(puzzles) if puzzles else {}
+        for problem in kinds["code"]:
+            try:
+                parse_tests(problem.tests)
+            except ValueError as error:
+                flaws[problem.id] = f"its {error}"
+        advance(len(kinds["gym"]) + len(kinds["code"]))
+        return flaws
 
     def close(self) -> None:
         """Ends every pool's processes."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 
 from dgpo_jax.rewards import extract as rules
+from dgpo_jax.rewards.golds import quote
 from dgpo_jax.rewards.pool import settled
 from dgpo_jax.rewards.workers import DIED, LATE, Workers
 from dgpo_jax.types import Problem, Verdict
@@ -69,11 +70,15 @@ class GymPool:
         """Waits for tickets; returns their Verdicts in the same order."""
         return [ticket.result() for ticket in tickets]
 
-    def check_golds(self, problems: Iterable[Problem]) -> list[Problem]:
-        """Returns those problems with a reference answer that their own scorer does not find wholly right."""
+    def check_golds(self, problems: Iterable[Problem]) -> dict[str, str]:
+        """{id: reason} of reference answers that their own scorer does not find wholly right; a puzzle without one has no flaw."""
         problems = [problem for problem in problems if problem.answer]
         verdicts = self.gather([self._score(problem.tests, problem.answer) for problem in problems])
-        return [problem for problem, verdict in zip(problems, verdicts, strict=True) if not verdict.correct]
+        return {
+            problem.id: f"its answer is {verdict.status} to its own scorer: {quote(problem.answer)}"
+            for problem, verdict in zip(problems, verdicts, strict=True)
+            if not verdict.correct
+        }
 
     def wait_started(self, seconds: float) -> bool:
         """Waits until every worker is ready or has failed to start; False if that took longer. Nobody has to."""

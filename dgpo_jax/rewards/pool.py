@@ -12,6 +12,7 @@ import collections
 import threading
 from concurrent.futures import Future
 
+from dgpo_jax.rewards import golds
 from dgpo_jax.rewards.exact import TOLERANCE
 from dgpo_jax.rewards.extract import BOX_CAP, RULES, find_answer
 from dgpo_jax.rewards.math import quick_status
@@ -82,11 +83,37 @@ class VerifierPool:
         """Checks (answer, response) pairs; returns their Verdicts in order."""
         return self.gather([self.submit(answer, response) for answer, response in pairs])
 
-    def check_golds(self, problems):
-        """Returns the problems whose reference answer is not found equal to itself: no response could ever be right."""
-        problems = list(problems)
-        verdicts = self.score([(problem.answer, f"\\boxed{{{problem.answer}}}") for problem in problems])
-        return [problem for problem, verdict in zip(problems, verdicts, strict=True) if not verdict.correct]
+    def check_golds(self, problems, advance=lambda count: None):
+        """Finds reference answers that no response could match but to the letter.
+
+        A number or a few plain words will do; anything else must be found equal to itself as mathematics: to be the same
+        string is not enough.
+
+        Args:
+            advance: told how many problems were looked at, for a progress bar.
+        Returns:
+            {id: reason}.
+        """
+        flaws, waiting = {}, []
+        for problem in problems:
+            flaw = golds.look(problem.answer)
+            if flaw is None:
+                waiting.append((problem, self._compare_with_itself(problem)))
+                continue
+            if flaw:
+                flaws[problem.id] = flaw
+            advance(1)
+        for problem, ticket in waiting:
+            status = ticket.result()
+            if status in UNJUDGED:  # which may have been the machine's fault
+                status = self._compare_with_itself(problem).result()
+            if status != "correct":
+                flaws[problem.id] = golds.explain(problem.answer, status)
+            advance(1)
+        return flaws
+
+    def _compare_with_itself(self, problem):
+        return self._workers.submit((problem.answer, problem.answer, problem.tolerance), read=str)
 
     def wait_started(self, seconds):
         """Waits until every worker is ready or has failed to start; False if that took longer. Nobody has to."""

@@ -105,6 +105,14 @@ def test_a_hanging_worker_does_not_hold_up_the_other(pool):
     assert statuses.count("timed_out") == 1 and statuses.count("correct") == 39
 
 
+def test_a_request_that_no_pipe_holds_does_not_hang_on_a_worker_that_does_not_read():
+    with VerifierPool(workers=1, deadline_s=2.0) as pool:
+        pool.score([SLOW])
+        os.kill(pool.worker_pids()[0], signal.SIGSTOP)
+        tickets = [pool._workers.submit([letter * 2**20, "y", 1e-6], read=str) for letter in "xz"]
+        assert [ticket.result(timeout=20) for ticket in tickets] == ["timed_out", "unparsable"]  # its successor reads all of it
+
+
 def test_an_answer_whose_worker_is_killed_gets_a_second_worker():
     with VerifierPool(workers=1, deadline_s=5.0) as pool:
         pool.score([SLOW])

@@ -169,9 +169,10 @@ class _Feeder(threading.Thread):
         """A reply, LATE or DIED. A worker that dies gets one successor: its death may have had nothing to do with the request."""
         for _ in range(2):
             self._ensure_process()
+            end = time.monotonic() + self.deadline_s
             try:
-                os.write(self.process.stdin.fileno(), request)
-                return self._read_line(self.deadline_s, self.is_reply)
+                self._write(request, end)
+                return self._read_line(end, self.is_reply)
             except _LateError:
                 self._discard()
                 return LATE
@@ -193,15 +194,24 @@ class _Feeder(threading.Thread):
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
             )
         try:
-            self._read_line(START_DEADLINE_S, READY.__eq__)
+            self._read_line(time.monotonic() + START_DEADLINE_S, READY.__eq__)
         except (_LateError, _WorkerDiedError) as error:
             self._discard()
             how = f"was not ready after {START_DEADLINE_S:.0f} s" if isinstance(error, _LateError) else "ended, or printed something else, before it was ready"
             raise RuntimeError(f"a worker {how}; to see why, run {' '.join(self.command)}") from error
 
-    def _read_line(self, seconds, expected):
-        """The next reply, decoded. Raises _LateError or _WorkerDiedError."""
-        end = time.monotonic() + seconds
+    def _write(self, request, end):
+        """Sends a request, which may be more than a pipe holds. Raises _LateError, or BrokenPipeError if the worker is dead."""
+        os.set_blocking(self.process.stdin.fileno(), False)
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdin, selectors.EVENT_WRITE)
+            while request:
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    raise _LateError
+                request = request[os.write(self.process.stdin.fileno(), request) :]
+
+    def _read_line(self, end, expected):
+        """The next reply, decoded, if it is there by `end` on the monotonic clock. Raises _LateError or _WorkerDiedError."""
         received = b""
         with selectors.DefaultSelector() as selector:  # select.select refuses descriptors above 1023
             selector.register(self.process.stdout, selectors.EVENT_READ)

@@ -21,11 +21,11 @@ def parse_sets(text: str) -> list[NamedSet]:
     """Reads a list of benchmarks such as 'aime24,math500' or 'gsm8k=gsm8k_test.jsonl,mine=my_problems.jsonl'.
 
     Args:
-        text: names of BENCHMARKS, NAME=SOURCE with a source as in data.train, or ALL for all of BENCHMARKS; commas between them.
+        text: names of BENCHMARKS, ALL for all of these, NAME=SOURCE with a source as in data.train; commas between.
     Returns:
         The sets in the order given; none for "".
     Raises:
-        ValueError: a name that is not known (with the nearest one), given twice, or unfit for a file name; an empty source.
+        ValueError: a name that is not known (with the nearest one), given twice or unfit for a file; an empty source.
     """
     sets: list[NamedSet] = []
     for entry in (entry.strip() for entry in text.split(",")):
@@ -53,7 +53,7 @@ def _source(name: str) -> str:
     if name not in BENCHMARKS:
         near = difflib.get_close_matches(name, [*BENCHMARKS, ALL], n=1)
         raise ValueError(
-            f"there is no benchmark {name!r}{f', perhaps {near[0]!r}' if near else ''}; choose among {', '.join(BENCHMARKS)},"
-            f" {ALL}, or give NAME=SOURCE."
+            f"there is no benchmark {name!r}{f', perhaps {near[0]!r}' if near else ''}; choose among"
+            f" {', '.join(BENCHMARKS)}, {ALL}, or give NAME=SOURCE."
         )
     return f"tfds:{name}/test"

@@ -1,66 +1,73 @@
-"""Held-out accuracy of the weights as they are: greedy, and the average over k samples."""
+"""Accuracy of the weights as they are, in training: what `dgpo_jax.evaluate` reports, without its files."""
 
 from collections import Counter
-from collections.abc import Callable
-
-import numpy as np
+from collections.abc import Callable, Sequence
 
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
-from dgpo_jax.rl.sampler import EVALUATION, Draw
-from dgpo_jax.rollout import build_sampling, make_rollout, to_rows
-from dgpo_jax.types import STATUSES, Problem
+from dgpo_jax.judging import GREEDY, Answered, figures
+from dgpo_jax.sampling import answer_set, make_rounds
+from dgpo_jax.types import STATUSES
 
 
-def make_evaluation(config: Config, parts: Parts, pool) -> Callable[..., tuple[dict, list[dict]]]:
+def make_evaluation(config: Config, parts: Parts, checkers) -> Callable[..., tuple[dict, list[dict]]]:
     """Returns the function decode params -> (metrics, rows of responses).
 
-    Metrics: `eval/greedy` and, with k = eval.samples, `eval/avg@k`: the share of right answers, over all held-out
-    problems. The samples' keys depend on the seed only, so that evaluations differ in their weights and in nothing
-    else. Empty without held-out problems.
+    Metrics, with k = eval.samples: `eval/greedy`, `eval/avg@k`, `eval/pass@k` and (of mathematics) `eval/maj@k` of the
+    held-out problems, `eval/NAME/...` of each benchmark, and the mean tokens of a response as `eval/greedy_length` and
+    `eval/avg@k_length`. The samples' keys depend on the seed only, so that evaluations differ in their weights and in
+    nothing else. Empty where there is nothing to evaluate on.
+
+    Args:
+        checkers: a `rewards.checkers.Checkers` for the problems of all sets.
     """
-    rounds = {"eval/greedy": build_sampling(parts, config.rollout, group_size=1, temperature=0.0)}
-    if config.eval.samples:
-        rounds[f"eval/avg@{config.eval.samples}"] = build_sampling(
-            parts, config.rollout, group_size=config.eval.samples, temperature=config.eval.temperature
-        )
-    rollouts = {name: make_rollout(parts, sampling, config.rollout.max_prompt) for name, sampling in rounds.items()}
+    sets = {"eval": parts.held_out} | {f"eval/{name}": problems for name, problems in parts.benchmarks.items()}
+    sets = {prefix: problems for prefix, problems in sets.items() if len(problems)}
+    rounds = make_rounds(config, parts, max(map(len, sets.values()), default=1))
 
     def evaluate(params):
         metrics, rows = {}, []
-        for name, rollout in rollouts.items():
-            size = batch_size(config, parts, rounds[name].group_size)
-            correct, lengths = [], []
-            for first in range(0, len(parts.held_out), size):
-                problems = parts.held_out[first : first + size]
-                draw = Draw(config.seed, EVALUATION, 0, first)
-                responses = rollout(params, pad_problems(problems, size), draw).first(len(problems))
-                verdicts = pool.score(responses.answers())
-                right = np.array([verdict.correct for verdict in verdicts])
-                correct.extend(right)
-                lengths.extend(responses.lengths)
-                rows += [{"round": name} | row for row in to_rows(responses, verdicts, right)]
-            if correct:
-                metrics[name] = float(np.mean(correct))
-                metrics[f"{name}_length"] = float(np.mean(lengths))
+        for prefix, problems in sets.items():
+            for name, way in rounds.items():
+                done = answer_set(way, params, problems, checkers, config.seed)
+                found, label = name_figures(name, prefix, done)
+                metrics |= found
+                rows += to_eval_rows(label, done)
         return metrics, rows
 
     return evaluate
 
 
-def batch_size(config: Config, parts: Parts, group_size: int) -> int:
-    """Held-out problems sampled at once: as many responses as in a rollout, or all problems if they are fewer."""
+def name_figures(name: str, prefix: str, done: Sequence[Answered]) -> tuple[dict[str, float], str]:
+    """Metrics of one round over one set, and the key of the main one."""
+    found = {key: value.value for key, value in figures(done).items()}
+    n = len(done[0].responses)
+    label = f"{prefix}/{GREEDY}" if name == GREEDY else f"{prefix}/avg@{n}"
+    metrics = {label: found[f"avg@{n}"], f"{label}_length": found["tokens"]}
+    if name != GREEDY:
+        metrics |= {f"{prefix}/{key}": found[key] for key in (f"pass@{n}", f"maj@{n}") if key in found}
+    return metrics, label
 
-    def in_replicas(problems: int) -> int:
-        return -(-max(1, problems) // parts.replicas) * parts.replicas
 
-    responses = config.rollout.prompts * config.rollout.group_size
-    return min(in_replicas(responses // group_size), in_replicas(len(parts.held_out)))
-
-
-def pad_problems(problems: list[Problem], size: int) -> list[Problem]:
-    """Fills the batch up with its last problem, so that its shape never changes."""
-    return [*problems, *[problems[-1]] * (size - len(problems))]
+def to_eval_rows(label: str, done: Sequence[Answered]) -> list[dict]:
+    """What is written to disk of every response, with the names of `rollout.to_rows`."""
+    return [
+        {
+            "round": label,
+            "problem_id": problem.id,
+            "sample": sample,
+            "problem": problem.problem,
+            "answer": problem.answer,
+            "response": response.text,
+            "extracted": response.verdict.extracted,
+            "verdict": response.verdict.status,
+            "reward": response.verdict.score,
+            "tokens": response.tokens,
+            "truncated": response.truncated,
+        }
+        for problem, responses in done
+        for sample, response in enumerate(responses)
+    ]
 
 
 def count_statuses(verdicts) -> dict[str, float]:

@@ -86,7 +86,7 @@ class DataConfig:
     size: int = 10_000  # problems in a generated set
     low: int | None = None  # smallest number in a generated problem; None = the kind's own
     high: int | None = None  # largest number in a generated problem; None = the kind's own
-    operations: str = ""  # of generated problems, such as 'add,subtract'; '' = all that the kind has
+    operations: str = ""  # of generated problems, such as 'add,subtract', or kinds of built-in coding problems, such as 'linear,repeat'; '' = all
     slips: float = 0.0  # share of generated worked solutions that use a wrong operation: a careless teacher for the warm start
     unmarked: float = 0.0  # share of generated worked solutions that do not mark their answer
     data_dir: str = ""  # where built TFDS sets are kept; '' = TFDS's own default

@@ -3,6 +3,7 @@
 import collections
 import json
 import math
+import re
 import threading
 import time
 
@@ -504,3 +505,25 @@ def test_the_splits_share_no_problem_and_a_problem_is_a_function_of_its_number()
 def test_settings_of_the_built_in_problems_are_checked(arguments, complaint):
     with pytest.raises(ValueError, match=complaint):
         coding_problems(*arguments)
+
+
+def test_the_built_in_set_may_be_narrowed_to_some_kinds():
+    problems = coding_problems("train", 60, 0, kinds="linear, repeat")
+    assert {function_of(problem) for problem in problems} == {"linear", "repeat"}
+    with pytest.raises(ValueError, match="lineer"):
+        coding_problems("train", 60, 0, kinds="lineer")
+
+
+def test_a_careless_teacher_forgets_the_block_or_means_another_number():
+    faultless, slipping, unmarked = (
+        list(coding_problems("train", 20, 0, kinds="linear", **carelessness))
+        for carelessness in ({}, {"slips": 1.0}, {"unmarked": 1.0})
+    )
+    for right, slip, bare in zip(faultless, slipping, unmarked, strict=True):
+        assert right.tests == slip.tests == bare.tests and right.problem == slip.problem == bare.problem
+        assert find_program(right.solution).strip() == bare.solution and find_program(bare.solution) is None
+        assert right.solution != slip.solution and len(right.solution) == len(slip.solution)
+
+
+def function_of(problem):
+    return re.search(r"def (\w+)\(", problem.solution)[1]

@@ -87,19 +87,33 @@ class CodingProblems(Sequence):
     The splits share no (template, k) pair, whatever the seeds; repeats are possible once size nears the number of pairs,
     285 for train and 35 for test, in two forms each.
 
+    Args:
+        kinds: names of TEMPLATES with commas between them; "" = all.
+        slips: share of the worked solutions that are right for another number.
+        unmarked: share of the worked solutions whose program is in no fenced block. Such a careless teacher makes a warm
+            start that leaves something to learn.
+
     Raises:
         ValueError: a setting outside these rules.
     """
 
-    def __init__(self, split, size, seed=0):
+    def __init__(self, split, size, seed=0, kinds="", slips=0.0, unmarked=0.0):
         check_choice("split", split, SPLITS)
+        chosen = [name.strip() for name in kinds.split(",")] if kinds else [template.name for template in TEMPLATES]
+        for name in chosen:
+            check_choice("kinds of coding problems", name, [template.name for template in TEMPLATES])
         if size < 1:
             raise ValueError(f"size {size} of {SOURCE} is below 1; ask for at least one problem.")
         if seed < 0:
             raise ValueError(f"seed {seed} is negative; use 0 or more.")
-        self.split, self.size, self.seed = split, size, seed
-        pairs = [(template, k) for template in TEMPLATES for k in NUMBERS]
+        for name, share in (("slips", slips), ("unmarked", unmarked)):
+            if not 0 <= share <= 1:
+                raise ValueError(f"{name} {share} of {SOURCE} is a share; give 0 to 1.")
+        self.split, self.size, self.seed, self.slips, self.unmarked = split, size, seed, slips, unmarked
+        pairs = [(template, k) for template in TEMPLATES if template.name in chosen for k in NUMBERS]
         self.pairs = [(template, k) for template, k in pairs if split_of(f"coding/{template.name}/{k}") == split]
+        if not self.pairs:
+            raise ValueError(f"{SOURCE}/{split} has no problem of the kinds {kinds!r}; name more of them.")
 
     def __len__(self):
         return self.size
@@ -115,35 +129,41 @@ class CodingProblems(Sequence):
         order = _generator(self.seed, SPLITS.index(self.split), epoch).permutation(len(self.pairs))
         random = _generator(self.seed, SPLITS.index(self.split), epoch, place)
         template, k = self.pairs[order[place]]
-        return make_problem(template, k, FORMS[random.integers(len(FORMS))], f"coding-{self.split}-{self.seed}-{index}", random)
+        form, identity = FORMS[random.integers(len(FORMS))], f"coding-{self.split}-{self.seed}-{index}"
+        return make_problem(template, k, form, identity, random, self.slips, self.unmarked)
 
 
-def coding_problems(split: str, size: int, seed: int = 0) -> Sequence[Problem]:
+def coding_problems(
+    split: str, size: int, seed: int = 0, kinds: str = "", slips: float = 0.0, unmarked: float = 0.0
+) -> Sequence[Problem]:
     """The built-in set; see CodingProblems."""
-    return CodingProblems(split, size, seed)
+    return CodingProblems(split, size, seed, kinds, slips, unmarked)
 
 
-def make_problem(template, k, form, identity, random):
+def make_problem(template, k, form, identity, random, slips=0.0, unmarked=0.0):
     """One Problem. `random` is a numpy Generator, which draws the arguments of the tests."""
     name, as_argument, as_line, read = _ARGUMENTS[template.takes]
     source = reference(template, k)
     function = load(source, template.name)
     drawn, values = draw_tests(template, function, random)
+    taught = source
+    if random.random() < slips:
+        taught = reference(template, random.choice([other for other in NUMBERS if other != k]))
     what = template.what.format(k=k, base=k + 1, few=k % 3 + 1)
     if form == "call":
         tests = {"fn_name": template.name, "inputs": [[argument] for argument in drawn], "outputs": values}
         text = f"Write a Python function {template.name}({name}). Its argument is {as_argument}. It returns {what}."
         example = f"{template.name}({drawn[0]!r}) returns {values[0]!r}."
-        program = source
+        program = taught
     else:
         tests = {"inputs": [f"{as_text(argument)}\n" for argument in drawn], "outputs": [f"{as_text(value)}\n" for value in values]}
         text = f"Write a Python program. Its input is {as_line}. Print {what}{', separated by blanks' if isinstance(values[0], list) else ''}."
         example = f"For the input\n{as_text(drawn[0])}\nit prints\n{as_text(values[0])}"
         print_it = "print(*result)" if isinstance(values[0], list) else "print(result)"
-        program = f"{source}\n\n{name} = {read}\nresult = {template.name}({name})\n{print_it}\n"
+        program = f"{taught}\n\n{name} = {read}\nresult = {template.name}({name})\n{print_it}\n"
     return Problem(
         id=identity, problem=f"{text}\nExample: {example}", answer="", source=SOURCE, checker="code", tests=json.dumps(tests),
-        solution=f"```python\n{program.strip()}\n```",
+        solution=program.strip() if random.random() < unmarked else f"```python\n{program.strip()}\n```",
     )  # fmt: skip
 
 

@@ -40,7 +40,8 @@ def load_problems(
         source: one of FORMS, such as `generated:words/test` or `mine.jsonl + tfds:gsm8k/train`; without a split it
             is train.
         size, seed: of problems that are made: generated, builtin and gym.
-        low, high, operations, slips, unmarked: of generated problems, see `GeneratedProblems`.
+        low, high, operations, slips, unmarked: of generated problems, see `GeneratedProblems`; the last three also of
+            built-in coding problems, see `CodingProblems`.
         problem_field, answer_field: names in files and folders; `prompt.0.content` reaches into nested ones.
         data_dir, manual_dir: of TFDS; where built sets are kept, and where files fetched by hand lie.
     Returns:
@@ -85,7 +86,7 @@ def _make(source, scheme, name, split, size, seed, numbers):
         raise ValueError(f"{source}: no built-in set {name!r}; the only one is coding.")
     from dgpo_jax.data.coding import coding_problems
 
-    return coding_problems(split, size, seed)
+    return coding_problems(split, size, seed, numbers["operations"], numbers["slips"], numbers["unmarked"])
 
 
 def read_path(source: str, problem_field: str = "problem", answer_field: str = "answer") -> list[Problem]:

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import grader_pairs
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -97,6 +98,61 @@ def test_another_answer_is_wrong(answer, prediction):
 @pytest.mark.parametrize("answer, prediction", [pair for pair in SAME if "_" not in pair[0] and pair != ("11", r"x\approx 11")])
 def test_equality_is_symmetric(answer, prediction):
     assert status(prediction, answer) == "correct"
+
+
+@pytest.mark.parametrize("kind", grader_pairs.SAME)
+def test_pairs_of_each_kind_that_are_the_same_answer_are_correct_both_ways(kind):
+    verdicts = {(a, b): (status(a, b), status(b, a)) for a, b in grader_pairs.SAME[kind]}
+    assert {pair: found for pair, found in verdicts.items() if found != ("correct", "correct")} == {}
+
+
+@pytest.mark.parametrize("kind", grader_pairs.DIFFERENT)
+def test_near_misses_of_each_kind_are_never_correct_and_judged_alike_both_ways(kind):
+    verdicts = {(a, b): (status(a, b), status(b, a)) for a, b in grader_pairs.DIFFERENT[kind]}
+    assert {pair: (one, other) for pair, (one, other) in verdicts.items() if one == "correct" or one != other} == {}
+
+
+@pytest.mark.parametrize("answer, prediction, tolerance, expected", [
+    ("0.333333", "1/3", 1e-6, "correct"),
+    ("16386.17", "16386.16", 1e-6, "wrong"),  # within 1e-6, but both are written to the cent
+    (r"1000\sqrt2", "1414.2149", 1e-6, "wrong"),  # within 1e-6, but not in its own last place
+    ("1/3", "0.333", 1e-2, "correct"),  # a set of rounded golds: no condition on the last place
+    ("1000", "1001", 1e-2, "correct"),  # nor on how the numbers are written
+    ("1000", "1001", 1e-6, "wrong"),
+    ("(1.5, 2)", "(1.51, 2)", 1e-2, "correct"),  # part by part
+    ("(1.5, 2)", "(1.51, 2.1)", 1e-2, "wrong"),
+    ("2, 3", "3.01, 2", 1e-2, "correct"),
+    ("[1, 1.5)", "[1, 1.51)", 1e-2, "correct"),
+    ("[1, 1.5)", "[1, 1.51]", 1e-2, "wrong"),
+    (r"\sqrt2", "1.41", 1e-2, "correct"),
+    ("1.41x", "1.42x", 1e-2, "wrong"),  # numbers only
+    ("1.7", "1.6", 0.1 / 1.7, "correct"),  # an absolute error of 0.1, met to the digit
+    ("1.7", "1.599", 0.1 / 1.7, "wrong"),
+    ("0", "0.001", 1e-2, "wrong"),  # relative: nothing but 0 is near 0
+    ("5", "5.0000001", 0, "wrong"),
+])
+def test_a_tolerance_above_the_default_holds_for_any_two_numbers(answer, prediction, tolerance, expected):
+    assert check(answer, f"\\boxed{{{prediction}}}", tolerance=tolerance).status == expected
+    assert (quick_status(answer, prediction, tolerance) or slow_status(answer, prediction, tolerance)) == expected
+
+
+@pytest.mark.parametrize("tolerance", [-1e-9, 1, 5, float("nan")])
+def test_a_tolerance_that_is_no_share_is_refused(tolerance):
+    with pytest.raises(ValueError, match="must be at least 0 and below 1"):
+        quick_status("5", "5", tolerance)
+
+
+@pytest.mark.parametrize("left, right", [
+    ("|x-200|", "200-x"), (r"\sqrt{(x-50)^2}", "50-x"), (r"\max(x,164)", r"\max(2x,164)"), (r"\min(x,-100)", "-100"),
+    (r"\lfloor x/1000\rfloor", "0"), (r"|x|+|y-300|", "|x|+300-y"),
+])
+def test_pieces_that_differ_only_far_out_are_told_apart(left, right):
+    assert status(left, right) == status(right, left) == "wrong"
+
+
+@pytest.mark.parametrize("text", ["-(-0.5)", r"\{-(-0.5)\}", r"--0.5/0.5 and 10^6+\alpha", r"\sin_2 t", r"\{", "5!!=", r"\sum_{k=1}^{9^9} k"])
+def test_oddly_written_answers_raise_nothing(text):
+    assert {slow_status(text, "x^2/n"), slow_status("x^2/n", text)} <= {"wrong", "unparsable"}
 
 
 @pytest.mark.parametrize("response, expected", [

@@ -12,7 +12,6 @@ import mpmath
 
 from dgpo_jax.rewards.tokens import TooLargeError, UnparsableError
 
-POWER_DIGITS_CAP = 2000  # digits(base) * |exponent|
 FACTORIAL_CAP = 200
 BINOMIAL_CAP = 1000
 BITS_CAP = 20_000  # of any exact intermediate value
@@ -64,8 +63,8 @@ def _power(base, exponent):
         return None
     if base == 0 and exponent < 0:
         raise UndefinedError("division by zero")
-    digits = len(str(max(abs(base.numerator), base.denominator)))
-    if base not in (0, 1, -1) and digits * abs(exponent) > POWER_DIGITS_CAP:
+    bits = max(abs(base.numerator), base.denominator).bit_length()
+    if base not in (0, 1, -1) and bits * abs(exponent) > BITS_CAP:
         raise TooLargeError("power of too many digits")
     return base ** int(exponent)
 
@@ -98,6 +97,12 @@ def _of_integers(function):
     return on_integers
 
 
+def _modulo(a, b):
+    if b == 0:
+        raise UndefinedError("modulo zero")
+    return a % b
+
+
 _EXACT = {
     "add": lambda *terms: sum(terms, Fraction(0)),
     "mul": _product,
@@ -111,6 +116,7 @@ _EXACT = {
     "ceil": lambda a: Fraction(-(-a // 1)),
     "min": lambda *values: min(values),
     "max": lambda *values: max(values),
+    "mod": _modulo,
     "gcd": _of_integers(math.gcd),
     "lcm": _of_integers(math.lcm),
 }
@@ -211,7 +217,7 @@ def _gamma_binomial(n, k):
 
 
 def _unknown(*values):
-    """Stands for \\sum: some fixed smooth function that tells its arguments apart."""
+    """Stands for \\sum, \\prod and f(2): some fixed smooth function that tells its arguments apart."""
     return functools.reduce(lambda total, value: mpmath.sin(total + 1) * 3 + value * mpmath.sqrt(total**2 + 2), values)
 
 
@@ -240,7 +246,11 @@ _NUMERIC = {
     "max": _real_only(max),
     "factorial": _gamma_factorial,
     "binomial": _gamma_binomial,
+    "mod": _real_only(lambda a, b: a - b * mpmath.floor(a / b)),
     "sum": _unknown,
+    "apply": lambda *values: _unknown(mpmath.mpf(3), *values),
+    "prod": lambda *values: _unknown(mpmath.mpf(7), *values),
+    "arcsinh": mpmath.asinh, "arccosh": mpmath.acosh, "arctanh": mpmath.atanh,
     "arcsin": mpmath.asin, "arccos": mpmath.acos, "arctan": mpmath.atan, "arccot": mpmath.acot, "arcsec": mpmath.asec,
     "arccsc": mpmath.acsc,
 }  # fmt: skip

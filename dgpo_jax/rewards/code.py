@@ -17,7 +17,7 @@ from concurrent.futures import Future
 from dgpo_jax.rewards import sandbox as boxes
 from dgpo_jax.rewards.code_runner import OUTPUT, UNPARSABLE
 from dgpo_jax.rewards.code_tests import is_right, parse_tests
-from dgpo_jax.rewards.extract import TEXT_CAP, _after_thinking
+from dgpo_jax.rewards.extract import TEXT_CAP, after_thinking
 from dgpo_jax.rewards.sandbox import DiedError, LateError, Limits, Run, TooManyThreadsError
 from dgpo_jax.types import Verdict
 
@@ -35,7 +35,7 @@ def find_program(response):
 
     Only text after the last </think> counts, only blocks that were closed, and only the last extract.TEXT_CAP characters.
     """
-    text = _after_thinking(response)
+    text = after_thinking(response)
     if text is None:
         return None
     found = {}  # True = marked as Python

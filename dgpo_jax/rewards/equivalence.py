@@ -6,12 +6,12 @@ decides: it holds to 300 digits at two of the points, or to 1e-6 where a side is
 Collections, tuples, intervals, matrices and equations are compared part by part.
 """
 
-import hashlib
+import functools
 
 import mpmath
 
-from dgpo_jax.rewards import arithmetic, real_sets, symbolic
-from dgpo_jax.rewards.exact import Exact, numbers_equal
+from dgpo_jax.rewards import arithmetic, points, real_sets, relations, symbolic
+from dgpo_jax.rewards.exact import TOLERANCE, Exact, numbers_equal
 from dgpo_jax.rewards.nodes import SCALARS
 from dgpo_jax.rewards.tokens import TooLargeError, UnparsableError
 
@@ -19,44 +19,40 @@ DIGITS = 50  # working precision
 FINE, FINER = 300, 330  # digits of the second look, which tells rounding from difference
 CLOSE_POINTS = 2
 POINTS = 4  # valid positive points that must agree
-TRIES = 10
-MIXED_TRIES = 4  # points with negative coordinates, used where both sides are real
-WIDE_TRIES = 3  # points further out: a side may change its form at 3, as |x - 3| does
-WIDE = 20
 ITEMS_CAP = 64
+_INFINITE = (("infinity",), ("mul", ("number", -1, None), ("infinity",)))
 SET_OPERATIONS = frozenset(("union", "intersection", "difference", "reals"))
-_DECIMAL_TOLERANCE = 1e-6
 
 
-def equivalent(gold, prediction, seed):
+def equivalent(gold, prediction, seed, tolerance=TOLERANCE):
     """True if the two trees mean the same answer.
 
     Args:
         gold, prediction: nodes of nodes.py.
         seed: str that fixes the points; the same text gives the same verdict in any process.
+        tolerance: relative; as in exact.numbers_equal.
     Raises:
         UnparsableError (or TooLargeError, UndefinedError): the two cannot be compared within the bounds.
     """
-    return Comparison(seed, arithmetic.symbols(gold) | arithmetic.symbols(prediction)).equal(gold, prediction)
+    return Comparison(seed, (gold, prediction), tolerance).equal(gold, prediction)
 
 
 class Comparison:
     """One pair of answers: the points it is tested at, and the values already computed there."""
 
-    def __init__(self, seed, names):
-        names = sorted(names)
+    def __init__(self, seed, trees, tolerance=TOLERANCE):
+        names = sorted(set().union(*map(arithmetic.symbols, trees)))
+        self.tolerance = tolerance
         self.constant = not names
-        self.points = {
-            "positive": [_point(seed, names, index, mixed=False) for index in range(TRIES)],
-            "mixed": [_point(seed, names, index, mixed=True) for index in range(MIXED_TRIES)],
-            "wide": [_point(seed, names, index, mixed=index > 0, scale=WIDE) for index in range(WIDE_TRIES)],
-        }
+        self.points = points.make(seed, names, trees)
         self.cache = {}
 
     def equal(self, left, right):
         left, right = unwrap(left), unwrap(right)
+        if left == right and left[0] not in SCALARS:
+            return True
         if "relation" in (left[0], right[0]):
-            return self.relations_equal(left, right)
+            return relations.equal(self, left, right)
         if left[0] in SCALARS and right[0] in SCALARS:
             return self.scalars_equal(left, right)
         if left[0] in ("list", "set") and right[0] in ("list", "set"):
@@ -65,12 +61,32 @@ class Comparison:
             return self.same_rows(left[1], right[1])
         if left[0] == right[0] == "group":
             return self.groups_equal(left, right)
+        if {left[0], right[0]} == {"matrix", "group"}:
+            return self.groups_equal(vector(left), vector(right))
+        if left[0] == right[0] == "congruence":
+            return self.congruences_equal(left, right)
         if SET_OPERATIONS & {left[0], right[0]}:
-            return real_sets.sets_equal(left, right)
-        return False
+            if any(side[0] in SCALARS and arithmetic.symbols(side) for side in (left, right)):
+                return False
+            return self.same_parts(left, right) or real_sets.sets_equal(left, right)
+        return left == right
 
     def groups_equal(self, left, right):
-        return (left[1], left[3]) == (right[1], right[3]) and self.same_row(left[2], right[2])
+        return brackets(left) == brackets(right) and self.same_row(left[2], right[2])
+
+    def same_parts(self, left, right):
+        """The same operation on equal sets, one by one; so that their ends may be rounded."""
+        return left[0] == right[0] and self.same_row(left[1:], right[1:])
+
+    def congruences_equal(self, left, right):
+        """3 modulo 7 is 10 modulo 7, and so is x = 3 modulo 7."""
+        if not self.equal(left[2], right[2]):
+            return False
+        values = [relations.value_of(self, side[1]) if side[1][0] == "relation" else side[1] for side in (left, right)]
+        exact = [arithmetic.rational(value) if value and value[0] in SCALARS else None for value in (*values, left[2])]
+        if None not in exact and exact[2]:
+            return (exact[0] - exact[1]) % exact[2] == 0
+        return self.equal(left[1], right[1])
 
     def same_row(self, left, right):
         return len(left) == len(right) and all(self.equal(a, b) for a, b in zip(left, right, strict=True))
@@ -90,53 +106,7 @@ class Comparison:
             matched.update(hits)
         return len(matched) == len(right)
 
-    # Equations and inequalities
-
-    def relations_equal(self, left, right):
-        if left[0] != "relation":
-            left, right = right, left
-        if right[0] != "relation":
-            value = self.value_of(left)
-            if value is not None:
-                return self.equal(value, right)
-            return right[0] in SET_OPERATIONS | {"group"} and real_sets.sets_equal(left, right)
-        if left[2] == right[2] and self.same_row(left[1], right[1]):
-            return True
-        values = self.value_of(left), self.value_of(right)
-        if None not in values and left[1][0] == right[1][0]:
-            return self.equal(*values)
-        return self.same_solutions(left, right)
-
-    def value_of(self, relation):
-        """What "x = 5" or "f(x) = 2x" or "2 + 3 = 5" says the answer is; None if it says no such thing."""
-        sides, ops = relation[1], relation[2]
-        if not set(ops) <= {"=", "approx"}:
-            return None
-        if is_name(sides[0]):
-            sides, ops = sides[1:], ops[1:]
-        elif arithmetic.symbols(relation):
-            return None
-        pairs = zip(sides, sides[1:], ops, strict=False)
-        return sides[0] if all(self.chain_link_holds(*pair) for pair in pairs) else None
-
-    def chain_link_holds(self, left, right, op):
-        if op == "=":
-            return self.equal(left, right)
-        if not (left[0] in SCALARS and right[0] in SCALARS) or arithmetic.symbols(left) or arithmetic.symbols(right):
-            return False
-        a, b = self.values(left, "positive")[0], self.values(right, "positive")[0]
-        return a is not None and b is not None and abs(a - b) <= abs(a) / 100
-
-    def same_solutions(self, left, right):
-        """One is the other times a constant (above 0 for an inequality): 2x + 4y = 6 and y = (3 - x) / 2 * ..."""
-        if len(left[2]) == len(right[2]) == 1 and all(side[0] in SCALARS for side in left[1] + right[1]):
-            (left_gap, left_op), (right_gap, right_op) = standard_form(left), standard_form(right)
-            if left_op == right_op and self.proportional(left_gap, right_gap, signed=left_op in ("<", "<=")):
-                return True
-        if not (arithmetic.symbols(left) == arithmetic.symbols(right) and len(arithmetic.symbols(left)) == 1):
-            return False
-        ordered = set(left[2] + right[2]) <= set(real_sets.ORDER)
-        return ordered and real_sets.sets_equal(left, right)
+    # Equations: how one may be a multiple of another
 
     def proportional(self, left, right, signed):
         pairs = list(zip(self.values(left, "positive"), self.values(right, "positive"), strict=True))
@@ -155,7 +125,7 @@ class Comparison:
     def scalars_equal(self, left, right):
         exact = as_exact(left), as_exact(right)
         if None not in exact:
-            return numbers_equal(*exact)
+            return numbers_equal(*exact, self.tolerance)
         if "percent" in (left[0], right[0]) and left[0] != right[0]:
             bare, percent = (right, left) if left[0] == "percent" else (left, right)
             return self.values_agree(bare, percent[1]) or self.values_agree(bare, percent)
@@ -163,8 +133,12 @@ class Comparison:
 
     def values_agree(self, left, right):
         """Numbers first, as they refute most wrong answers; then SymPy's proof; what that leaves open, numbers decide."""
+        if self.tolerance > TOLERANCE and not (arithmetic.symbols(left) or arithmetic.symbols(right)):
+            return self.numbers_agree(left, right, functools.partial(close_decimal, tolerance=self.tolerance))
         if arithmetic.has_decimal(left) or arithmetic.has_decimal(right):
-            return self.numbers_agree(left, right, close_decimal)
+            last_place = min(last_place_of(left), last_place_of(right))
+            rule = functools.partial(close_decimal, tolerance=min(self.tolerance, TOLERANCE), last_place=last_place)
+            return self.numbers_agree(left, right, rule)
         try:
             agree = self.numbers_agree(left, right, close)
         except UnparsableError:  # no values to compare
@@ -191,7 +165,7 @@ class Comparison:
             agreed += 1
         if agreed < (1 if self.constant else POINTS):
             raise arithmetic.UndefinedError("too few points where both sides have a value")
-        return self.constant or (self.real_values_agree(left, right, same, "mixed") and self.real_values_agree(left, right, same, "wide"))
+        return self.constant or all(self.real_values_agree(left, right, same, where) for where in ("mixed", "wide", "far"))
 
     def real_values_agree(self, left, right, same, where):
         """Tells |x| from x, and |x - 5| from 5 - x. Points where a side is not real are skipped: \\ln(ab) is \\ln a + \\ln b."""
@@ -204,8 +178,8 @@ class Comparison:
     def values(self, node, where):
         """Values at the points of one kind, None where there is none within the bounds."""
         if (node, where) not in self.cache:
-            points = self.points[where][:1] if self.constant else self.points[where]
-            self.cache[node, where] = [value_at(node, point) for point in points]
+            chosen = self.points[where][:1] if self.constant else self.points[where]
+            self.cache[node, where] = [value_at(node, point) for point in chosen]
         return self.cache[node, where]
 
     def gap_is_real(self, left, right, point):
@@ -225,21 +199,8 @@ class Comparison:
 
     def agree_closely(self, left, right):
         """A last look at a pair that SymPy leaves open: values that agree to 50 digits may differ at the 60th."""
-        points = self.points["positive"][:1 if self.constant else CLOSE_POINTS]
-        return not any(self.gap_is_real(left, right, point) for point in points)
-
-
-def _point(seed, names, index, mixed, scale=1):
-    """A value in (0.25, 2.25) * scale for each name, negative for about half of the names of a mixed point."""
-    point = {}
-    for name in names:
-        digest = hashlib.sha256(repr((seed, name, index, mixed, scale)).encode("utf-8", "surrogatepass")).digest()
-        value = mpmath.mpf(int.from_bytes(digest[:8], "big")) / 2**63 + 0.25
-        value *= scale
-        point[name] = -value if mixed and digest[8] % 2 else value
-    if mixed and names and all(value > 0 for value in point.values()):
-        point[names[index % len(names)]] *= -1
-    return point
+        chosen = self.points["positive"][:1 if self.constant else CLOSE_POINTS]
+        return not any(self.gap_is_real(left, right, point) for point in chosen)
 
 
 def value_at(node, point):
@@ -266,10 +227,16 @@ def as_exact(node):
     if value is None:
         return None
     inner = node[1] if percent else node
-    sign_dropped = inner[2] if inner[0] == "mul" and inner[1][1] == -1 else inner
+    sign_dropped = inner[2] if inner[0] == "mul" and inner[1][1] == -1 and len(inner) == 3 else inner
     if sign_dropped[0] == "number":
         return Exact(value, sign_dropped[2], percent)
     return Exact(value, 12 if arithmetic.has_decimal(inner) else None, percent)
+
+
+def last_place_of(node):
+    """One unit of the last written place of a plain decimal; infinity for anything else."""
+    exact = as_exact(node)
+    return mpmath.inf if exact is None or exact.places is None else mpmath.mpf(10) ** -exact.places
 
 
 def close(a, b):
@@ -279,32 +246,31 @@ def close(a, b):
     return abs(a - b) <= max(abs(a), abs(b)) * mpmath.mpf(10) ** (10 - DIGITS)
 
 
-def close_decimal(a, b):
-    """Equal to the relative tolerance that a written decimal allows."""
+def close_decimal(a, b, tolerance, last_place=mpmath.inf):
+    """Equal to the relative tolerance that a written decimal, or a set of rounded golds, allows, and to its last place."""
     if not (mpmath.isfinite(a) and mpmath.isfinite(b)):
         return a == b
-    return abs(a - b) <= max(abs(a), abs(b)) * _DECIMAL_TOLERANCE
+    return abs(a - b) <= min(max(abs(a), abs(b)) * tolerance, last_place)
+
+
+def brackets(group):
+    """The brackets of a tuple or interval; at infinity an interval is open whatever it is written with."""
+    opener, items, closer = group[1:]
+    if len(items) == 2 and opener in "([":
+        opener = "(" if items[0] in _INFINITE else opener
+        closer = ")" if items[1] in _INFINITE else closer
+    return opener, closer
+
+
+def vector(node):
+    """A column (or row) of numbers as the tuple that it stands for; other matrices and groups as they are."""
+    if node[0] == "matrix" and 1 in (len(node[1]), len(node[1][0])):
+        return ("group", "(", tuple(entry for row in node[1] for entry in row), ")")
+    return node if node[0] == "group" else ("group", "matrix", (node,), "matrix")
 
 
 def unwrap(node):
     """A set or list of one item is that item, for an answer's purposes."""
-    while node[0] in ("set", "list") and len(node[1]) == 1:
+    while node[0] in ("set", "list") and len(node[1]) == 1 and node[1] != (("set", ()),):
         node = node[1][0]
     return node
-
-
-def is_name(node):
-    """True for x, f(x), AB or (x, y): a left side that only names the answer."""
-    if node[0] == "group":
-        return all(is_name(item) for item in node[2])
-    if node[0] == "mul":
-        return all(is_name(factor) for factor in node[1:])
-    return node[0] == "symbol"
-
-
-def standard_form(relation):
-    """(difference, op) with the difference compared to 0 by "=", "!=", "<" or "<=": 5 >= x is x - 5 <= 0."""
-    (left, right), (op,) = relation[1], relation[2]
-    if op in (">", ">="):
-        left, right, op = right, left, {">": "<", ">=": "<="}[op]
-    return ("add", left, ("mul", ("number", -1, None), right)), op

@@ -3,12 +3,14 @@
 This settles most answers in microseconds inside the trainer's process, with no mpmath and no worker.
 """
 
+import functools
 import re
 from fractions import Fraction
 from typing import NamedTuple
 
 DIGITS_CAP = 300  # digits of one literal
-TOLERANCE = Fraction(1, 10**6)  # relative, and only where a side is written as a decimal
+TOLERANCE = 1e-6  # relative, and only where a side is written as a decimal
+_ROUNDING = Fraction(10**9 + 1, 10**9)  # a tolerance is a float: 0.1 / 1.7 * 1.7 must still reach 0.1
 
 
 class Exact(NamedTuple):
@@ -19,11 +21,12 @@ class Exact(NamedTuple):
     percent: bool = False  # value is the number before the sign: 25 for 25%
 
 
-_DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
+_DECIMAL = r"(?:(?!0)\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _PLAIN = re.compile(rf"({_DECIMAL})(?:[eE]([-+]?\d{{1,3}}))?")
 _POWER_OF_TEN = re.compile(rf"({_DECIMAL})\s*(?:\\times|\\cdot|\*)\s*10\s*(?:\^|\*\*)\s*(?:\{{\s*([-+]?\d{{1,3}})\s*\}}|(\d{{1,3}}))")
 _RATIO = re.compile(r"(?:(\d+)\s+)?(\d+)\s*/\s*(\d+)")
 _FRAC = re.compile(r"(\d+)?\s*\\frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(-?\d+)\s*\}|(\d))")
+_DECIMAL_COMMA = re.compile(r"([-+]?(?:0(?=,)|\d{1,15}(?!,\d{3}$))),(\d{1,15})")
 _SIGN_AND_BODY = re.compile(r"([-+]?)\s*(.*?)\s*(%|\\degree)?", re.DOTALL)
 
 
@@ -73,15 +76,16 @@ def _read_mixed(whole, numerator, denominator):
     return (int(whole) + part, None) if 0 <= part < 1 else None
 
 
-def numbers_equal(left, right):
+def numbers_equal(left, right, tolerance=TOLERANCE):
     """True if two `Exact` numbers are the same answer.
 
     A percent sign on one side only is read both ways, since a problem may ask for "the percentage" or "the share":
-    25% matches 25 and 1/4. Decimals match within 1e-6 relative and one unit of the coarser last place.
+    25% matches 25 and 1/4. Up to TOLERANCE, `tolerance` is for decimals only, and they must also agree to one unit of the
+    coarser last place, and exactly if both are written to the same place. A larger one comes with a problem set whose golds are rounded, and holds for any two numbers.
     """
     if left.percent == right.percent:
-        return _values_equal(left, right)
-    return _values_equal(left, right) or _values_equal(_as_share(left), _as_share(right))
+        return _values_equal(left, right, tolerance)
+    return _values_equal(left, right, tolerance) or _values_equal(_as_share(left), _as_share(right), tolerance)
 
 
 def _as_share(number):
@@ -90,12 +94,26 @@ def _as_share(number):
     return Exact(number.value / 100, None if number.places is None else number.places + 2)
 
 
-def _values_equal(left, right):
+def differ_by_comma(left, right):
+    """True if `left` is the decimal `right` with a decimal comma: 3,14 for 3.14. "1,000" is a thousand and never 1.000."""
+    match = _DECIMAL_COMMA.fullmatch(left)
+    return match is not None and right == f"{match.group(1)}.{match.group(2)}"
+
+
+def _values_equal(left, right, tolerance):
     gap = abs(left.value - right.value)
     if gap == 0:
         return True
+    within = gap <= _as_fraction(tolerance) * max(abs(left.value), abs(right.value))
+    if tolerance > TOLERANCE:
+        return within
     places = [side.places for side in (left, right) if side.places is not None]
-    if not places:
+    if len(places) == 2 and places[0] == places[1]:  # 306956.63 is not 306956.64
         return False
-    last_place = Fraction(10) ** -min(places)
-    return gap <= last_place and gap <= TOLERANCE * max(abs(left.value), abs(right.value))
+    return within and bool(places) and gap <= Fraction(10) ** -min(places)
+
+
+@functools.lru_cache(maxsize=256)
+def _as_fraction(tolerance):
+    """As it is written, so that 1e-06 is one millionth, and no float ever meets a number of 300 digits."""
+    return Fraction(repr(float(tolerance))) * (_ROUNDING if tolerance > TOLERANCE else 1)

@@ -2,7 +2,7 @@
 
     "boxed"   the last balanced \\boxed{...}, never joined with its neighbours
     "marked"  failing that, what follows the last "####", or the last "answer is" / "answer:"
-    "last"    failing those, the last number
+    "last"    failing those, the last formula, or the last number where that stands later
 
 Only text after the last </think> counts: an answer that the model weighed and dropped is not its answer.
 """
@@ -13,11 +13,26 @@ RULES = ("boxed", "marked", "last")
 TEXT_CAP = 64 * 1024  # characters; only the end of a longer text is read
 BOX_CAP = 512  # characters of an answer; a longer one is reported but never parsed
 NESTING_CAP = 64  # braces inside one box
+LINE_CAP = 2 * BOX_CAP  # characters after a mark that are looked at
 
 _BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_HASHES = re.compile(r"####")
-_ANSWER = re.compile(r"answer[ \t]{0,4}(?:is(?![a-z])|:)[ \t]{0,4}:?", re.IGNORECASE)
+_HASHES = re.compile(r"(?<!#)####(?!#)")
+_HEADING = re.compile(  # "#### Step 2", "#### 1. Setup"
+    r"[\s*]{0,8}(?:(?!(?:sqrt|pi|sin|cos|tan|ln|log)\b)[A-Za-z]{2}|\d{1,3}[.)][ \t]{1,4}[A-Za-z*])"
+)
+_ANSWER = re.compile(
+    r"answer(?: to (?:the|this) (?:problem|question))?[ \t*]{0,4}(?:is(?![a-z])|[:=])[ \t*]{0,4}:?", re.IGNORECASE
+)
+_FILLER = re.compile(r"^(?:(?:therefore|thus|hence|so|then|simply|just|indeed|exactly|given by|equal to|option|choice)[ ,:]+){1,3}", re.IGNORECASE)
+_CLAUSE_END = re.compile(r"\.(?:\s|$)|,? (?:which|because|since|where|so|as)\b")
+_GOES_ON = re.compile(r"\s*(?:[,;]\s*(?:and|or)?\s*(?=[$\d\\(-])|(?:and|to)\s*(?=[$\d\\(-])|or\b|[=%/^]|\\%)")
+_PROSE = re.compile(r"[A-Za-z]{2,}[ ,]")
+_DOLLARS = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]")
+_PAIRS = frozenset((("$", "$"), ("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]")))
+_TWO_WORDS = re.compile(r"(?<![\\{a-zA-Z])[a-zA-Z]{3,}[ ,]+[a-zA-Z]{2,}(?![a-zA-Z}])")
+_SAYS_SOMETHING = re.compile(r"[\d=+^/<>]|\\(?:frac|sqrt|infty|pi|cup|emptyset|text)")  # more than the name of a variable
+_FORMULA_SIGNS = re.compile(r"[\\^_{}()\[\]=+*<>|!]|\d[a-zA-Z]?/|[a-zA-Z]\d")
 _NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?|(?<!\w)[-+]?\.\d+")
 
 
@@ -29,10 +44,10 @@ def find_answer(response, rule="boxed"):
     """
     if rule not in RULES:
         raise ValueError(f"extract: {rule!r} is not a rule; use one of {', '.join(RULES)}.")
-    text = _after_thinking(response)
+    text = after_thinking(response)
     if text is None:
         return None
-    finders = {"boxed": (_last_box,), "marked": (_last_box, _last_mark), "last": (_last_box, _last_mark, _last_number)}
+    finders = {"boxed": (_last_box,), "marked": (_last_box, _last_mark), "last": (_last_box, _last_mark, _last_value)}
     for finder in finders[rule]:
         found = finder(text)
         if found is not None and found.strip():
@@ -40,7 +55,7 @@ def find_answer(response, rule="boxed"):
     return None
 
 
-def _after_thinking(response):
+def after_thinking(response):
     """Text after the last </think>; None if a <think> is still open at the end."""
     close = response.rfind("</think>")
     if response.rfind("<think>") > close:
@@ -76,30 +91,75 @@ def _scan_boxes(text):
 
 
 def _last_mark(text):
-    """What follows the last "####", or else the last "answer is" / "answer:", up to the end of the line."""
+    """What follows the last "####" that is no Markdown heading, or else the last "answer is" / "answer:"."""
     text = text[-TEXT_CAP:]
     for pattern in (_HASHES, _ANSWER):
         end = None
         for match in pattern.finditer(text):
-            end = match.end()
+            if pattern is _ANSWER or not _HEADING.match(text, match.end()):
+                end = match.end()
         if end is not None:
-            return _first_clause(text[end:].strip(" \t\n*").partition("\n")[0])
+            return _first_clause(text[end:end + LINE_CAP].strip(" \t\n*:"))
     return None
 
 
-def _first_clause(line):
-    """Cuts the sentence that goes on after the answer: "42. I hope it is correct" is 42; "$5$ apples" is 5."""
-    line = line.strip(" \t*")
-    if line.startswith("$") and "$" in line[1:]:
-        return line[1:line.index("$", 1)]
-    return re.split(r"\.(?:\s|$)", line, maxsplit=1)[0]
+def _first_clause(text):
+    """Cuts what goes on after the answer: "42. I hope it is correct" is 42; "$5$ apples" is 5, but "$5$ or $6$" is both."""
+    for opener, closer in (("$$", "$$"), ("\\[", "\\]")):  # may span lines
+        stop = text.find(closer, len(opener))
+        if text.startswith(opener) and stop > 0:
+            return text[len(opener):stop]
+    line = text.partition("\n")[0].strip(" \t*")
+    clause = _CLAUSE_END.split(_FILLER.sub("", line, count=1), maxsplit=1)[0].strip(" \t*")
+    for opener, closer in (("$", "$"), ("\\(", "\\)")):
+        stop = clause.find(closer, len(opener))
+        if clause.startswith(opener) and stop > 0 and not _GOES_ON.match(clause, stop + len(closer)):
+            return clause[len(opener):stop]
+    if _PROSE.match(clause) and " is " in clause:  # "The largest $n$ is 34"
+        return _first_clause(clause.rpartition(" is ")[2])
+    return clause
+
+
+def _last_value(text):
+    """The last formula, or the last number where that stands after it."""
+    text = text[-TEXT_CAP:]
+    formula, end = _last_formula(text)
+    return _last_number(text[end:]) or formula
+
+
+def _last_formula(text):
+    """(content, where it ends) of the last $...$, \(...\) or \[...\]; (None, 0) if that reads like a price or like prose."""
+    marks = list(_DOLLARS.finditer(text))[-2:]
+    if len(marks) < 2 or (marks[0].group(), marks[1].group()) not in _PAIRS:
+        return None, 0
+    start, end = marks[0].end(), marks[1].start()
+    content = text[start:end]
+    price = marks[1].group() == "$" and text[marks[1].end():marks[1].end() + 1].isdigit()
+    if price or len(content) > BOX_CAP or _TWO_WORDS.search(content) or not _SAYS_SOMETHING.search(content):
+        return None, 0
+    return content, marks[1].end()
 
 
 def _last_number(text):
-    for word in reversed(text[-TEXT_CAP:].split()):  # no number holds a blank, and few words hold a number
-        if numbers := _NUMBER.findall(word):
-            return numbers[-1]
+    """The last number; or the last word that holds one, where the number is only a part of it: f(2), \frac{1}{2}, (3, 4)."""
+    words = text.split()
+    for index in range(len(words) - 1, -1, -1):
+        if not (numbers := _NUMBER.findall(words[index])):
+            continue
+        term = words[index].strip(".,;:!?*")
+        for before in range(index - 1, max(-1, index - 8), -1):
+            if _opened(term):
+                break
+            term = f"{words[before]} {term}"
+        term = term.strip(".,;:!?*$")
+        part = len(term) <= BOX_CAP and _FORMULA_SIGNS.search(term) and not _TWO_WORDS.search(term)
+        return term if part else numbers[-1]
     return None
+
+
+def _opened(term):
+    """True if every bracket that closes in `term` was opened in it."""
+    return all(term.count(opener) >= term.count(closer) for opener, closer in ("()", "[]", "{}"))
 
 
 def nesting(text):

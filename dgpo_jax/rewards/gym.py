@@ -95,7 +95,7 @@ class GymPool:
 
 def find_gym_answer(response: str, rule: str) -> str | None:
     """What stands in the last <answer>...</answer> after the thinking, else what the rule finds, or None."""
-    text = rules._after_thinking(response)
+    text = rules.after_thinking(response)
     if text is None:
         return None
     close = text.rfind(_CLOSE)

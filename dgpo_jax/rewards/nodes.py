@@ -8,9 +8,10 @@ A node is a plain tuple (head, *arguments), so that it can be hashed and compare
     ("percent", a)                           only as a whole answer is the sign's absence forgiven
     ("group", open, items, close)            a tuple, an interval, or a ratio (open = ":")
     ("set", items) ("list", items)           both unordered; a list has no braces
-    ("union" | "intersection" | "difference", a, b) ("reals",)
+    ("union" | "intersection" | "difference", a, b) ("reals",) ("numbers", "Z" | "N" | "Q" | "C")
     ("matrix", rows)
     ("relation", sides, ops)                 ops has one entry fewer than sides
+    ("congruence", a, modulus)               a modulo a number; a may be a relation
 """
 
 from dgpo_jax.rewards.tokens import UnparsableError
@@ -54,3 +55,20 @@ def _dot(parser, row, column):
     for left, right in zip(row[1:], column[1:], strict=True):
         total = parser.add(total, parser.mul(left, right))
     return total
+
+
+def substitute(node, name, value):
+    """The tree with the node `value` where the symbol `name` stood, in subscripts too: a_k becomes a_1."""
+    if node[0] == "symbol":
+        if node[1] == name:
+            return value
+        base, _, index = node[1].partition("_")
+        if name in index.split(" "):
+            return ("symbol", f"{base}_" + " ".join(str(value[1]) if part == name else part for part in index.split(" ")))
+        return node
+    return tuple(substitute(child, name, value) if isinstance(child, tuple) and child else child for child in node)
+
+
+def size(node):
+    """Nodes of a tree."""
+    return 1 + sum(size(child) for child in node if isinstance(child, tuple) and child)

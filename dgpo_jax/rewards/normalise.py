@@ -15,8 +15,12 @@ _SYMBOLS = {
 }  # fmt: skip
 _TABLE = str.maketrans(_SYMBOLS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ", "0123456789-+n")
-TEXT_COMMANDS = "text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|mathsf|operatorname|rm|bf"
+TEXT_COMMANDS = "text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|mathsf|mathcal|boldsymbol|bm|operatorname|rm|bf"
 
+_WRAPPED = re.compile(rf"\\(?:{TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}")
+_CASED_WORD = re.compile(r"(?<![\\A-Za-z])(?:[A-Z][a-z]{2,}|[A-Z]{4,}|No)(?![A-Za-z])")  # AB and ABC may be products of letters
+_CHOICE = re.compile(rf"\\(?:{TEXT_COMMANDS})\s*\{{\s*\(?([A-Za-z])\)?\.?\s*\}}|\(([A-Za-z])\)|([A-Z])")
+CHOICES = re.compile(r"\(?(?:[A-Z]|[IVX]{2,})\)?(?:\s*(?:,|and|or|, and|, or)\s*\(?(?:[A-Z]|[IVX]{2,})\)?)*")  # "B and (C)", "II"
 _REWRITES = [
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+"), lambda match: "^{" + match.group().translate(_SUPERSCRIPTS) + "}"),
     (re.compile(r"\\left\s*\||\\lvert(?![a-zA-Z])"), r"\\lvert "),
@@ -24,11 +28,14 @@ _REWRITES = [
     (re.compile(r"\\(?:left|right)\s*\."), " "),
     (re.compile(r"\\(?:left|right|bigl|bigr|Bigl|Bigr|big|Big|biggl|biggr)(?![a-zA-Z])\s*"), ""),
     (re.compile(r"\\[dtc]frac(?![a-zA-Z])"), r"\\frac"),
-    (re.compile(r"(?<=\d)(?:,\\!\s*|\{,\}\s*|\\[,;: ]|,\\ ?!)\s*(?=\d{3}(?!\d))"), ""),  # thousands, however spaced
+    (re.compile(r"(?<=\d)(?:,\\!\s*| ?\{,\s*\}\s*|\\[,;: ]|,\\ ?!)\s*(?=\d{3}(?!\d))"), ""),  # thousands, however spaced
     (re.compile(r"(?<=\d),\s*\\!\s*(?=\d{3}(?!\d))"), ""),
     (re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])"), ""),
-    (re.compile(r"(?<!\\)\\[!,;:> ]|~|\\q?quad(?![a-zA-Z])|\\(?:displaystyle|limits)(?![a-zA-Z])"), " "),
+    (re.compile(r"(?<!\\)\\[!,;:> ]|~|\\q?quad|\\(?:displaystyle|limits)(?![a-zA-Z])"), " "),
     (re.compile(r"\{([^{}]*)\\choose(?![a-zA-Z])([^{}]*)\}"), r"\\binom{\1}{\2}"),
+    (re.compile(r"\^\s*\{\s*((?:\\prime\s*)+)\}|\^\s*(\\prime(?![a-zA-Z]))"), lambda match: "'" * match.group().count("prime")),
+    (re.compile(r"\\(?:Bbb|mathds)(?![a-zA-Z])"), r"\\mathbb"),
+    (re.compile(r"\b([AaPp])\.\s?([Mm])\b\.?"), r"\1\2"),
     (re.compile(r"\\phantom\s*(?:\{[^{}]*\})?"), " "),
     (re.compile(r"(?<!\\)\\[()\[\]$]|\$"), " "),
     (re.compile(r"\\%|\\?\bpercent(?:age)?\b|\bpct\b"), "%"),
@@ -53,19 +60,28 @@ def normalise(text):
 
 def text_key(normalised):
     """What two answers must share to be the same string: blanks and \\text{} dropped, words in lower case."""
-    key = re.sub(rf"\\(?:{TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}", r"\1", normalised)
+    key = _WRAPPED.sub(r"\1", normalised)
     key = re.sub(r"(?<=\d)\s+(?=\d)", "\0", key)  # "1 2" is neither 12 nor 1_2
-    key = re.sub(r"\s+", "", key)
-    return key.casefold() if re.search(r"[A-Za-z]{3,}", re.sub(r"\\[A-Za-z]+", "", key)) else key
+    return re.sub(r"\s+", "", _CASED_WORD.sub(lambda match: match.group().lower(), key))
 
 
 def is_words(normalised):
     """True for an answer in plain words ("Tuesday", "two lines", "odd"), which can only be compared as a string."""
-    bare = re.sub(rf"\\(?:{TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}", r" \1 ", normalised)
-    return bool(re.fullmatch(r"[A-Za-z ,.'-]+", bare) and re.search(r"[A-Za-z]{3}", bare))
+    bare = _WRAPPED.sub(r" \1 ", normalised)
+    if not re.fullmatch(r"[A-Za-z ,.'-]+", bare) or CHOICES.fullmatch(bare.strip()):
+        return False
+    return bool(re.search(r"[A-Za-z]{5}" if bare == normalised else r"[A-Za-z]{3}", bare))  # abc may be a product
 
 
-def choice_letter(normalised):
-    """The letter of a multiple-choice answer: "(B)", "\\text{b}", "B."; None for anything else and for a bare "b"."""
-    match = re.fullmatch(rf"\\(?:{TEXT_COMMANDS})\s*\{{\s*\(?([A-Za-z])\)?\.?\s*\}}|\(([A-Za-z])\)|([A-Z])", normalised)
+def same_choice(left, right):
+    """True if both name one choice: "(B)", "\\text{b}", "B.". A bare b counts only beside a \\text{B}; else it is a variable."""
+    letters = [_choice_letter(side) for side in (left, right)]
+    for index, (side, other) in enumerate(((left, right), (right, left))):
+        if letters[index] is None and re.fullmatch("[a-z]", side) and "\\" in other:
+            letters[index] = side.upper()
+    return letters[0] is not None and letters[0] == letters[1]
+
+
+def _choice_letter(normalised):
+    match = _CHOICE.fullmatch(normalised)
     return next(letter for letter in match.groups() if letter).upper() if match else None

@@ -6,15 +6,18 @@ The tree is described in nodes.py.
 from fractions import Fraction
 
 from dgpo_jax.rewards import primaries
-from dgpo_jax.rewards.nodes import matrix_add, matrix_mul, scalar, terms
+from dgpo_jax.rewards.nodes import matrix_add, matrix_mul, scalar, size, terms
 from dgpo_jax.rewards.tokens import TooLargeError, UnparsableError, tokenize
 
 NODES_CAP = 500
 DEPTH_CAP = 64
 _RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", "approx", "in"))
 _SET_OPS = {"cup": "union", "cap": "intersection", "setminus": "difference"}
-_SEPARATORS = frozenset((",", ";", "and"))
-_OPENERS = frozenset(("(", "[", "{", "\\{", "lvert", "lfloor", "lceil", "frac", "sqrt", "binom", "pi", "infty", "begin", "sum"))
+_ORDER = frozenset(("<", ">", "<=", ">=", "!="))
+_SEPARATORS = frozenset((",", ";", "and", "or"))
+_OPENERS = frozenset(
+    ("(", "[", "{", "\\{", "lvert", "lfloor", "lceil", "frac", "sqrt", "binom", "pi", "infty", "begin", "sum", "prod", *primaries.ACCENTS)
+)
 
 
 def parse(normalised):
@@ -45,6 +48,7 @@ class Parser:
         self.nodes = 0
         self.depth = 0
         self.chain = 0  # divisions and factorials, which nest to the left without any bracket
+        self.bound = 0  # sums and products that the parser is inside of
         self.bars = 0  # open "|", so that the next one in operator position closes
         self.trigonometric = 0  # inside an argument of sin, cos ..: there degrees are pi / 180, elsewhere a unit
         self.plus_minus = {"pm": sign, "mp": "-" if sign == "+" else "+"}
@@ -75,6 +79,12 @@ class Parser:
             raise TooLargeError(f"more than {NODES_CAP} nodes")
         return parts
 
+    def count_nodes(self, trees):
+        """Pays for trees that were made out of one that had been paid for."""
+        self.nodes += sum(map(size, trees))
+        if self.nodes > NODES_CAP:
+            raise TooLargeError(f"more than {NODES_CAP} nodes")
+
     def count_link(self):
         self.chain += 1
         if self.chain > DEPTH_CAP:
@@ -88,7 +98,19 @@ class Parser:
         items = self.items()
         if self.position < len(self.tokens):
             raise UnparsableError(f"left over: {self.peek()}")
-        return items[0] if len(items) == 1 else self.node("list", items)
+        if len(items) == 1:
+            return items[0]
+        words = {token.value for token in self.tokens if token.kind == "op"}
+        if "and" in words and "or" not in words and all(item[0] == "relation" and _ORDER.issuperset(item[2]) for item in items):
+            return self.all_of(items)
+        return self.node("list", items)
+
+    def all_of(self, conditions):
+        """Inequalities that hold together: "x > 3 and x < 5" is an interval, not two answers."""
+        together = conditions[0]
+        for condition in conditions[1:]:
+            together = self.node("intersection", together, condition)
+        return together
 
     def items(self):
         """Comma-separated items, as a tuple of nodes; "a, b, and c" has three."""
@@ -109,12 +131,24 @@ class Parser:
             ops.append(self.accept(*_RELATIONS))
             sides.append(self.set_expression())
         self.depth -= 1
-        if not ops:
-            return sides[0]
-        return sides[1] if ops == ["in"] else self.node("relation", tuple(sides), tuple(ops))
+        node = sides[0] if not ops else sides[1] if ops == ["in"] else self.node("relation", tuple(sides), tuple(ops))
+        return self.congruence(node)
+
+    def congruence(self, node):
+        """node, or node modulo a number where "\\pmod{7}" or "(mod 7)" follows."""
+        following = self.peek(1)
+        if self.accept("pmod"):
+            return self.node("congruence", node, scalar(self.primary()))
+        if self.at("(") and following is not None and following.value == "mod":
+            self.position += 2
+            node = self.node("congruence", node, scalar(self.sum()))
+            self.expect(")")
+        return node
 
     def set_expression(self):
         left = self.sum()
+        if self.accept("mod"):
+            left = self.node("call", "mod", scalar(left), scalar(self.sum()))
         while self.at(*_SET_OPS):
             head = _SET_OPS[self.accept(*_SET_OPS)]
             left = self.node(head, left, self.sum())
@@ -166,9 +200,14 @@ class Parser:
         token = self.peek()
         if token is None or token.kind == "text":
             return False
+        if self.peek(-1).kind == "text" or self.peek(-1).value == "%":  # "3 hours 20 minutes" is not 60
+            return False
         if token.kind == "number":  # "5 6" is not 30; "x2" and "\pi 2" are products
             return self.peek(-1).kind != "number"
         if token.kind == "op":
+            following = self.peek(1)
+            if token.value == "(" and following is not None and following.value == "mod":
+                return False
             return token.value in _OPENERS or (token.value == "|" and not self.bars)
         return True
 

@@ -1,4 +1,4 @@
-"""The grammar's factors: numbers, letters, brackets, functions, roots, fractions, matrices.
+"""The grammar's factors: numbers, letters, brackets, functions, roots, fractions. Matrices and sums are in constructs.py.
 
 Each rule is called with the parser standing just after `token` and returns a node.
 """
@@ -6,13 +6,20 @@ Each rule is called with the parser standing just after `token` and returns a no
 import re
 from fractions import Fraction
 
-from dgpo_jax.rewards import exact
+from dgpo_jax.rewards import constructs, exact
+from dgpo_jax.rewards.constructs import argument_text, split_digit
 from dgpo_jax.rewards.nodes import scalar
-from dgpo_jax.rewards.tokens import Token, UnparsableError
+from dgpo_jax.rewards.tokens import UnparsableError
 
 _TRIGONOMETRIC = frozenset(("sin", "cos", "tan", "cot", "sec", "csc"))
-_CALL_NAMES = {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log"}
-_MATRICES = frozenset(("matrix", "pmatrix", "bmatrix", "array", "smallmatrix"))
+_HYPERBOLIC = frozenset(("sinh", "cosh", "tanh"))
+_CALL_NAMES = {
+    "asin": "arcsin", "acos": "arccos", "atan": "arctan", "lg": "log", "asinh": "arcsinh", "acosh": "arccosh", "atanh": "arctanh",
+    "arsinh": "arcsinh", "arcosh": "arccosh", "artanh": "arctanh",
+}  # fmt: skip
+ACCENTS = frozenset(("overline", "bar", "hat", "tilde", "vec", "dot", "ddot"))
+_CALL_CLOSE = {"(": ")", "{": "}", "[": "]", "\\{": "\\}"}
+_BEFORE_THOUSANDS = frozenset(("-", "+", "=", "approx"))
 _CLOSE = {"lvert": "rvert", "|": "|", "lfloor": "rfloor", "lceil": "rceil"}
 _ENCLOSING_CALL = {"lvert": "abs", "|": "abs", "lfloor": "floor", "lceil": "ceil"}
 
@@ -56,12 +63,12 @@ def _joined_thousands(parser, digits):
     if not re.fullmatch(r"\d{1,3}", digits):
         return digits
     while (token := parser.peek()) is not None and token.kind == "number" and token.spaced:
-        if not re.fullmatch(r"\d{3}(?:\.\d+)?", token.value):
+        if not re.fullmatch(r"\d{3}(?:\.\d+)?", token.value) or _is_proper(parser):
             break
         digits += token.value
         parser.position += 1
     start, commas = parser.position, [t.value for t in parser.tokens].count(",")
-    if start != 1 or not commas:
+    if not commas or any(t.kind != "letter" and t.value not in _BEFORE_THOUSANDS for t in parser.tokens[:start - 1]):
         return digits
     joined = digits
     for _ in range(commas):
@@ -72,6 +79,12 @@ def _joined_thousands(parser, digits):
         parser.position += 2
         joined += following.value
     return joined
+
+
+def _is_proper(parser):
+    """True before "119/120": after a whole number that is a mixed number's fraction, and no thousands."""
+    top, slash, bottom = (parser.peek(offset) for offset in range(3))
+    return bottom is not None and slash.value == "/" and bottom.value.isdigit() and top.value.isdigit() and int(top.value) < int(bottom.value)
 
 
 def _repeating(parser, digits):
@@ -105,50 +118,43 @@ def letter(parser, token):
     """A variable with its subscript, or one of the constants e and i."""
     if token.value in ("e", "i") and not parser.at("_"):
         return parser.node("constant", token.value)
-    name = token.value
+    return named(parser, token.value)
+
+
+def named(parser, name):
+    """A symbol of that name, with the subscript and the primes that follow; f(x, y) is a symbol that keeps its arguments."""
     if parser.accept("_"):
         name += "_" + argument_text(parser)
     while parser.accept("'", "prime"):
         name += "'"
-    return parser.node("symbol", name)
+    symbol = parser.node("symbol", name)
+    if not parser.at("(") or not _is_application(parser):
+        return symbol
+    parser.position += 1
+    arguments = parser.items()
+    parser.expect(")")
+    return parser.node("call", "apply", symbol, *map(scalar, arguments))
 
 
-def argument_text(parser, digits_only=False):
-    """The raw text of the next {...} or of the next single token, for subscripts: never evaluated."""
-    if not parser.accept("{"):
-        token = parser.peek()
-        if token is None or token.kind == "op":
-            return "" if digits_only else _raise("missing argument")
-        if token.kind == "number" and digits_only:
-            return split_digit(parser).value
-        parser.position += 1
-        return token.value
-    depth, parts = 1, []
-    while depth:
-        token = parser.peek()
-        if token is None:
-            raise UnparsableError("unbalanced brace")
-        parser.position += 1
-        depth += (token.value == "{") - (token.value == "}")
-        parts.append(token.value)
-    return " ".join(parts[:-1])
+def _is_application(parser):
+    """True for f(2) and f(x, y): not f times 2, nor f times a pair. f(x) is left to be a product, as x(y + 1) is one."""
+    values = [token.value for token in parser.tokens[parser.position:parser.position + 4]]
+    number = 2 if values[1:2] == ["-"] else 1
+    if not parser.peek().spaced and values[number:number + 1] and values[number].isdigit() and values[number + 1:number + 2] == [")"]:
+        return True
+    depth = 0
+    for token in parser.tokens[parser.position:]:
+        depth += (token.value in ("(", "[", "{", "\\{")) - (token.value in (")", "]", "}", "\\}"))
+        if depth == 0:
+            return False
+        if depth == 1 and token.value == ",":
+            return True
+    return False
 
 
-def _raise(message):
-    raise UnparsableError(message)
-
-
-def split_digit(parser):
-    """Takes one digit off the next number, as TeX does: \\frac12 is 1/2."""
-    token = parser.tokens[parser.position]
-    rest = token.value[1:]
-    if not token.value[0].isdigit() or rest[:1] in ("e", "E"):
-        raise UnparsableError("an argument that is no digit")
-    if rest:
-        parser.tokens[parser.position] = Token("number", rest, False)
-    else:
-        parser.position += 1
-    return Token("number", token.value[0], token.spaced)
+def accent(parser, token):
+    """\\bar{x}, \\vec{v}, \\overline{AB}: a name of its own, never x."""
+    return named(parser, f"{token.value} {argument_text(parser)}")
 
 
 def argument(parser, single_digit=False):
@@ -190,11 +196,11 @@ def function(parser, token):
         return sqrt(parser, token)
     base = power = None
     for _ in range(2):
-        if parser.accept("_"):
+        if name == "log" and parser.accept("_"):
             base = argument(parser)
         elif parser.accept("^"):
             power = parser.nested(parser.exponent)
-    if power == ("mul", ("number", Fraction(-1), None), ("number", Fraction(1), None)) and name in _TRIGONOMETRIC:
+    if power == ("mul", ("number", Fraction(-1), None), ("number", Fraction(1), None)) and name in _TRIGONOMETRIC | _HYPERBOLIC:
         name, power = "arc" + name, None
     parser.trigonometric += name in _TRIGONOMETRIC
     arguments = call_arguments(parser)
@@ -205,10 +211,9 @@ def function(parser, token):
 
 def call_arguments(parser):
     """Arguments of a function: in brackets, or the product that follows as in sin 2x."""
-    if parser.at("(", "{", "["):
-        opener = parser.accept("(", "{", "[")
+    if opener := parser.accept(*_CALL_CLOSE):
         items = parser.items()
-        parser.expect({"(": ")", "{": "}", "[": "]"}[opener])
+        parser.expect(_CALL_CLOSE[opener])
         return [scalar(item) for item in items]
     product = parser.power()
     while parser.starts_factor() and parser.peek().kind != "function" and not parser.at("(", "["):
@@ -240,12 +245,28 @@ def brace(parser, token):
 
 
 def set_brace(parser, token):
-    """\\{1, 2\\}, also empty."""
+    """\\{1, 2\\}, also empty, and \\{x \\mid x > 3\\}, which is what its conditions say."""
     if parser.accept("\\}"):
         return parser.node("set", ())
+    if _builder(parser):
+        conditions = parser.items()
+        parser.expect("\\}")
+        if any(condition[0] != "relation" for condition in conditions):
+            raise UnparsableError("a set of all x that is not given by inequalities")
+        return parser.all_of(conditions)
     items = parser.items()
     parser.expect("\\}")
     return parser.node("set", items)
+
+
+def _builder(parser):
+    """Skips "x \\mid" or "x \\in \\mathbb{R} :" at the start of a set; False if it does not start so."""
+    values = [token.value for token in parser.tokens[parser.position:parser.position + 7]]
+    start = 6 if values[1:6] == ["in", "mathbb", "{", "R", "}"] else 1
+    if parser.peek() is None or parser.peek().kind != "letter" or values[start:start + 1] not in (["mid"], [":"], ["|"]):
+        return False
+    parser.position += start + 1
+    return True
 
 
 def enclosed(parser, token):
@@ -257,52 +278,18 @@ def enclosed(parser, token):
     return parser.node("call", _ENCLOSING_CALL[token.value], inner)
 
 
-def matrix(parser, token):
-    """\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}; brackets of any kind compare alike."""
-    name = argument_text(parser).replace(" ", "")
-    if name not in _MATRICES:
-        raise UnparsableError(f"environment {name!r}")
-    if name == "array":
-        argument_text(parser)
-    rows, row = [], []
-    while True:
-        row.append(scalar(parser.sum()))
-        if parser.accept("&"):
-            continue
-        rows.append(tuple(row))
-        row = []
-        ended = not parser.accept("\\\\") or parser.at("end")
-        if ended:
-            break
-    parser.expect("end")
-    if argument_text(parser).replace(" ", "") != name or len({len(row) for row in rows}) != 1:
-        raise UnparsableError("ragged or unclosed matrix")
-    return parser.node("matrix", tuple(rows))
-
-
-def big_sum(parser, token):
-    """\\sum_{k=0}^{n} body: kept as an unknown function of its parts, equal only where the parts are."""
-    parser.expect("_")
-    parser.expect("{")
-    lower = parser.items()[0]
-    parser.expect("}")
-    parser.expect("^")
-    upper = scalar(parser.primary())
-    if lower[0] != "relation" or lower[2] != ("=",):
-        raise UnparsableError("sum without a lower bound")
-    return parser.node("call", "sum", *lower[1], upper, scalar(parser.term()))
-
-
 def number_set(parser, token):
-    """\\mathbb{R}; no other set of numbers is known."""
-    if argument_text(parser) != "R":
+    """\\mathbb{R}; other sets of numbers are known by name only."""
+    name = argument_text(parser)
+    if name not in ("R", "Z", "N", "Q", "C"):
         raise UnparsableError("number set")
-    return parser.node("reals")
+    return parser.node("reals") if name == "R" else parser.node("numbers", name)
 
 
 _OP_RULES = {
     "(": bracket, "[": bracket, "{": brace, "\\{": set_brace, "|": enclosed, "lvert": enclosed, "lfloor": enclosed,
-    "lceil": enclosed, "frac": frac, "sqrt": sqrt, "binom": binom, "begin": matrix, "sum": big_sum, "mathbb": number_set,
+    "lceil": enclosed, "frac": frac, "sqrt": sqrt, "binom": binom, "begin": constructs.matrix, "sum": constructs.big_sum, "prod": constructs.big_sum,
+    "mathbb": number_set, **dict.fromkeys(ACCENTS, accent),
     "pi": lambda parser, token: parser.node("constant", "pi"),
     "infty": lambda parser, token: parser.node("infinity"),
     "emptyset": lambda parser, token: parser.node("set", ()),

@@ -32,6 +32,8 @@ def breakpoints(node):
     if head in ("union", "intersection", "difference"):
         return breakpoints(node[1]) + breakpoints(node[2])
     if head in ("set", "list"):
+        if head == "list" and any(item[0] in SCALARS for item in node[1]):  # "[1, 9] or 7" is no way to write [1, 9]
+            raise UnparsableError("a list of numbers and sets")
         return [point for item in node[1] for point in breakpoints(item)]
     if head == "group" and node[1] in "([" and len(node[2]) == 2:
         return [end for end in map(real_value, node[2]) if mpmath.isfinite(end)]

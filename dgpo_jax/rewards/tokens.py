@@ -1,9 +1,10 @@
-"""Splits a normalised answer into tokens. Words become functions, units, separators, or single letters."""
+"""Splits a normalised answer into tokens. Words become functions, units, separators, or single letters (see units.py)."""
 
 import re
 from typing import NamedTuple
 
-from dgpo_jax.rewards.normalise import TEXT_COMMANDS
+from dgpo_jax.rewards import units
+from dgpo_jax.rewards.normalise import CHOICES, TEXT_COMMANDS
 
 
 class UnparsableError(Exception):
@@ -15,7 +16,7 @@ class TooLargeError(UnparsableError):
 
 
 class Token(NamedTuple):
-    """kind is "number", "letter", "function", "constant", "text" (dropped words, units) or "op"."""
+    """kind is "number", "letter", "function", "text" (dropped words, units), "environment" (its name) or "op"."""
 
     kind: str
     value: str
@@ -31,22 +32,14 @@ def _words(text):
 
 FUNCTIONS = _words(
     "sin cos tan cot sec csc sinh cosh tanh coth sech csch arcsin arccos arctan asin acos atan arccot arcsec arccsc "
-    "log ln lg exp sqrt min max gcd lcm abs"
+    "arcsinh arccosh arctanh arsinh arcosh artanh asinh acosh atanh log ln lg exp sqrt min max gcd lcm abs floor ceil"
 )
 GREEK = _words(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon "
-    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega hbar ell"
-)
-UNITS = _words(
-    "cm mm km dm nm meter meters metre metres centimeter centimeters kilometer kilometers inch inches foot feet ft yard "
-    "yards mile miles mph kph kmh gram grams kg kilogram kilograms mg pound pounds lb lbs ounce ounces oz liter liters "
-    "litre litres ml second seconds sec secs minute minutes mins hour hours hr hrs day days week weeks month months year "
-    "years degree degrees radian radians rad dollar dollars usd cent cents euro euros yuan rupees rupee unit units square "
-    "cubic sq person people student students point points apple apples way ways time times joule joules newton newtons "
-    "watt watts volt volts hz pa per"
+    "phi varphi chi psi omega Gamma Delta Theta Lambda Xi Sigma Phi Psi Omega hbar ell odot oplus star dagger perp"
 )
 _WORD_OPS = {
-    "and": "and", "or": "and", "infinity": "infty", "infty": "infty", "pi": "pi", "cup": "cup", "union": "cup",
+    "and": "and", "or": "or", "mod": "mod", "infinity": "infty", "infty": "infty", "pi": "pi", "cup": "cup", "union": "cup",
 }  # fmt: skip
 # LaTeX commands and ASCII spellings that mean the same operator.
 _COMMAND_OPS = {
@@ -55,20 +48,27 @@ _COMMAND_OPS = {
     "simeq": "approx", "equiv": "=", "cup": "cup", "cap": "cap", "setminus": "setminus", "backslash": "setminus",
     "in": "in", "pm": "pm", "mp": "mp", "infty": "infty", "emptyset": "emptyset", "varnothing": "emptyset", "pi": "pi",
     "degree": "degree", "circ": "degree", "frac": "frac", "sqrt": "sqrt", "binom": "binom", "dbinom": "binom",
-    "tbinom": "binom", "sum": "sum", "prod": "sum", "begin": "begin", "end": "end", "lvert": "lvert", "rvert": "rvert",
+    "tbinom": "binom", "sum": "sum", "prod": "prod", "begin": "begin", "end": "end", "lvert": "lvert", "rvert": "rvert",
     "vert": "|", "mid": "mid", "lfloor": "lfloor", "rfloor": "rfloor", "lceil": "lceil", "rceil": "rceil",
     "langle": "(", "rangle": ")", "lbrace": "\\{", "rbrace": "\\}", "lbrack": "[", "rbrack": "]", "colon": ":",
-    "land": "and", "lor": "and", "mathbb": "mathbb", "overline": "overline", "prime": "prime", "angle": "",
-    "triangle": "", "dots": "dots", "ldots": "dots", "cdots": "dots",
+    "land": "and", "wedge": "and", "lor": "or", "vee": "or", "bmod": "mod",
+    "mod": "mod", "pmod": "pmod", "mathbb": "mathbb", "overline": "overline", "prime": "prime", "angle": "",
+    "triangle": "", "dots": "dots", "ldots": "dots", "cdots": "dots", "bar": "bar",
+    "hat": "hat", "widehat": "hat", "tilde": "tilde", "vec": "vec", "overrightarrow": "vec", "dot": "dot", "ddot": "ddot",
 }  # fmt: skip
 _LEXEME = re.compile(
     rf"(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\w.]))?)"
-    rf"|(?P<text>\\(?:{TEXT_COMMANDS})(?![a-zA-Z])\s*\{{(?P<content>[^{{}}]*)\}})"
+    rf"|(?P<text>\\(?P<font>{TEXT_COMMANDS})(?![a-zA-Z])\s*\{{(?P<content>[^{{}}]*)\}})"
     r"|(?P<environment>\\(?:begin|end)\s*\{(?P<name>[a-z]+)\*?\})"
     r"|(?P<command>\\[a-zA-Z]+)|(?P<word>[a-zA-Z]+)"
-    r"|(?P<op>\\\\|\\[{}|]|\*\*|<=|>=|!=|==|[-+*/^_(){}\[\]|,;:=<>!%&'])"
+    r"|(?P<op>\\\\|\\[{}|]|(?<=[\d)}])!(?==)|\*\*|<=|>=|!=|==|[-+*/^_(){}\[\]|,;:=<>!%&'])"
 )
-_NOT_UNITS = re.compile(r"\b(?:if|for|mod|not|no|none|is|are|but|where|when|with|base|million|billion|thousand|hundred)\b", re.I)
+_NOT_UNITS = re.compile(r"\b(?:if|for|mod|not|no|none|is|are|but|where|when|with|base|plus|minus|over|maybe|wrong)\b", re.I)
+_ROMAN = re.compile("[IVX]{2,}")
+_VARIABLE_FONTS = frozenset(("mathbf", "mathit", "mathcal", "boldsymbol", "bm", "bf"))
+_VALUE_ENDS = frozenset((")", "]", "}", "\\}", "!", "%", "'", "|", "rvert", "rfloor", "rceil", "degree", "pi", "infty"))
+_GLUED = ("leq", "geq", "neq", "cup", "cap", "cdot", "times", "infty", "pi", "pm", "le", "ge", "lt", "gt", "ne", "in")
+_ALL_REALS = frozenset(("all real numbers", "all reals", "real numbers", "all real number", "the real numbers"))
 
 
 def tokenize(text, depth=0):
@@ -88,23 +88,23 @@ def tokenize(text, depth=0):
         if match is None:
             raise UnparsableError(f"character {text[position]!r}")
         spaced = position > 0 and text[position - 1] == " "
-        tokens += _lexeme_tokens(match, spaced, depth)
+        tokens += _lexeme_tokens(match, spaced, depth, tokens)
         if len(tokens) > TOKENS_CAP:
             raise TooLargeError(f"more than {TOKENS_CAP} tokens")
         position = match.end()
     return tokens
 
 
-def _lexeme_tokens(match, spaced, depth):
+def _lexeme_tokens(match, spaced, depth, before):
     kind, value = match.lastgroup, match.group()
     if match.group("content") is not None:
-        return _text_tokens(match.group("content"), spaced, depth)
+        return _text_tokens(match.group("font"), match.group("content"), spaced, depth, before)
     if match.group("name") is not None:
-        return [Token("op", value[1:4].replace("beg", "begin"), spaced), Token("text", match.group("name"), False)]
+        return [Token("op", value[1:4].replace("beg", "begin"), spaced), Token("environment", match.group("name"), False)]
     if kind == "number":
         return [Token("number", value, spaced)]
     if kind == "word":
-        return _word_tokens(value, spaced)
+        return _word_tokens(value, spaced, before)
     if kind == "command":
         return _command_tokens(value[1:], spaced)
     return [Token("op", {"**": "^", "==": "=", "\\|": "|"}.get(value, value), spaced)]
@@ -117,10 +117,28 @@ def _command_tokens(name, spaced):
         return [Token("letter", "\\" + name, spaced)]
     if name in _COMMAND_OPS:
         return [Token("op", _COMMAND_OPS[name], spaced)] if _COMMAND_OPS[name] else []
+    for prefix in _GLUED:  # "\lex" where "\le x" was meant
+        if name[:-1] == prefix:
+            return [*_command_tokens(prefix, spaced), Token("letter", name[-1], False)]
     raise UnparsableError(f"command \\{name}")
 
 
-def _word_tokens(word, spaced):
+def _ends_value(before):
+    """True where a unit may stand: after a number, a bracket, another unit."""
+    return bool(before) and (before[-1].kind in ("number", "letter", "text") or before[-1].value in _VALUE_ENDS)
+
+
+def _is_unit(word, spaced, before):
+    if len(before) > 1 and before[-1].value in ("/", "*") and before[-2].kind == "text":
+        return word in units.AFTER_SLASH or word.lower() in units.BARE
+    if word.lower() in ("am", "pm"):
+        return any(token.value == ":" for token in before)
+    if word.lower() in units.LIKE_LETTERS and not spaced:
+        return False
+    return word.lower() in units.BARE and _ends_value(before)
+
+
+def _word_tokens(word, spaced, before):
     """A bare run of letters: a known word, a function glued to its argument, or up to four variables."""
     if word in _WORD_OPS:
         return [Token("op", _WORD_OPS[word], spaced)]
@@ -128,29 +146,48 @@ def _word_tokens(word, spaced):
         return [Token("op", "sqrt", spaced)]
     if word in FUNCTIONS:
         return [Token("function", word, spaced)]
-    if word.lower() in UNITS:
+    if _is_unit(word, spaced, before):
         return [Token("text", word, spaced)]
+    if word.lower() in units.SCALES and _ends_value(before):
+        return _scale(word)
+    if _ROMAN.fullmatch(word):  # IV is not V times I
+        return [Token("letter", word, spaced)]
+    if word == "to" and _ends_value(before):
+        return [Token("op", ":", spaced)]
     for prefix in ("sqrt", "sin", "cos", "tan", "ln", "log", "pi", "or", "and"):
         if word.startswith(prefix) and len(word) - len(prefix) <= 1:
-            return _word_tokens(prefix, spaced) + _word_tokens(word[len(prefix):], False)
+            return _word_tokens(prefix, spaced, before) + _word_tokens(word[len(prefix):], False, [])
     for suffix in ("sqrt", "pi", "or"):
         if word.endswith(suffix) and len(word) - len(suffix) == 1:
-            return _word_tokens(word[:-len(suffix)], spaced) + _word_tokens(suffix, False)
+            return _word_tokens(word[:-len(suffix)], spaced, before) + _word_tokens(suffix, False, [])
     if len(word) > 4:
         raise UnparsableError(f"word {word!r}")
     return [Token("letter", letter, spaced and index == 0) for index, letter in enumerate(word)]
 
 
-def _text_tokens(content, spaced, depth):
+def _scale(word):
+    """3.5 million is 3.5 times 1000000."""
+    return [Token("op", "*", False), Token("number", str(units.SCALES[word.lower()]), False)]
+
+
+def _text_tokens(font, content, spaced, depth, before):
     """\\text{...}: a separator, a function name, a constant, a nested answer ("18 dollars"), or words to drop."""
     words = content.strip().strip(".").strip()
     bare = words.strip(",").strip().lower()
     if bare in ("and", "or", "and/or"):
-        return [Token("op", "and", spaced)]
+        return [Token("op", "and" if bare == "and" else "or", spaced)]
+    if bare == "to" and _ends_value(before):
+        return [Token("op", ":", spaced)]
+    if bare in _ALL_REALS:
+        return tokenize("\\mathbb{R}", depth + 1)
     if words in FUNCTIONS and words not in ("min", "sec"):  # 9 \text{ min} is nine minutes
         return [Token("function", words, spaced)]
-    choices = re.fullmatch(r"\(?[A-Z]\)?(?:\s*,\s*\(?[A-Z]\)?)*", words)
-    if choices and len(words) > 1 and depth == 0:  # "(B)" or "B, E"
+    if font in _VARIABLE_FONTS and len(words) == 1 and words.isalpha():  # 2\mathbf{v} is no 2
+        return [Token("letter", f"\\mathbf {words}" if words in "ei" else words, spaced)]
+    scale, _, rest = words.partition(" ")
+    if scale.lower() in units.SCALES and _ends_value(before):
+        return _scale(scale) + ([Token("text", rest.strip(), True)] if rest.strip() else [])
+    if CHOICES.fullmatch(words) and len(words) > 1 and depth == 0:  # "(B)", "B, E", "II and III"
         return tokenize(words, depth + 1)
     if words in ("e", "i") or (len(words) == 1 and not words.isalnum()):
         return tokenize(words, depth + 1)

@@ -12,10 +12,9 @@ import numpy as np
 
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
-from dgpo_jax.evaluation import count_statuses
 from dgpo_jax.learning import in_baseline, sampled_gap, score_responses
 from dgpo_jax.metrics import MetricsWriter
-from dgpo_jax.rewarding import Rewards, reward_metrics, to_samples
+from dgpo_jax.rewarding import Rewards, count_statuses, reward_metrics, to_samples
 from dgpo_jax.rewards.checkers import Checkers
 from dgpo_jax.rl.advantages import alike
 from dgpo_jax.rl.experience import by_group, group_count, join, newest, no_groups, select

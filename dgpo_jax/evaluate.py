@@ -26,18 +26,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dgpo_jax import evaluation_protocol as protocols
 from dgpo_jax.build import Actor, build_actor, build_checkers, make_decode_params
 from dgpo_jax.config import Config
-from dgpo_jax.evaluation_differences import Change, Disagreement, disagreement_report, regrade_report
-from dgpo_jax.evaluation_protocol import Asked, Weights
-from dgpo_jax.evaluation_report import Scored, score_line, score_set, score_table, to_json, to_markdown, write_text
-from dgpo_jax.generations import count_done, read_generations, rewrite
-from dgpo_jax.judging import GREEDY, SAMPLES, Answered, Judged, judge
+from dgpo_jax.evaluation import protocol as protocols
+from dgpo_jax.evaluation.differences import Change, Disagreement, disagreement_report, regrade_report
+from dgpo_jax.evaluation.generations import count_done, read_generations, rewrite
+from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, Judged, judge
+from dgpo_jax.evaluation.protocol import Asked, Weights
+from dgpo_jax.evaluation.report import Scored, score_line, score_set, score_table, to_json, to_markdown, write_text
+from dgpo_jax.evaluation.sampling import generate_set, make_rounds
 from dgpo_jax.metrics import progress
 from dgpo_jax.rewards import math_verify
 from dgpo_jax.rewards.checkers import Checkers
-from dgpo_jax.sampling import generate_set, make_rounds
 from dgpo_jax.session import run_command, say
 
 Responses = dict[str, dict[str, Sequence[Answered]]]  # set -> GREEDY, SAMPLES -> its problems

@@ -26,7 +26,7 @@ PANELS = (
     Panel(
         "Reward and held-out accuracy",
         "mean per response",
-        ("reward/mean", "eval/*[0-9]", "eval/*greedy"),
+        ("reward/mean", "eval/*avg@*[0-9]", "eval/*greedy"),
         kind="share",
     ),
     Panel("Response length", "tokens", ("rollout/response_length*", "eval/*length*"), zero_based=True),

@@ -21,19 +21,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dgpo_jax import evaluation_protocol as protocols
-from dgpo_jax.benchmarks import parse_sets
 from dgpo_jax.build import Actor, build_actor, build_checkers, build_tokenizer, load, make_decode_params
 from dgpo_jax.config import Config
+from dgpo_jax.data.benchmarks import parse_sets
 from dgpo_jax.data.problems import fingerprint
 from dgpo_jax.data.prompts import Template
-from dgpo_jax.evaluation_protocol import Asked, Weights
-from dgpo_jax.generations import count_done
+from dgpo_jax.evaluation import protocol as protocols
+from dgpo_jax.evaluation.generations import count_done
+from dgpo_jax.evaluation.protocol import Asked, Weights
+from dgpo_jax.evaluation.sampling import generate_set, make_round
 from dgpo_jax.metrics import progress, write_lines
 from dgpo_jax.models import resolve_folder
-from dgpo_jax.preparation import Step, decontaminate, deduplicate, drop_long, drop_unparsable, keep_between
-from dgpo_jax.preparation_report import make_report, write_report
-from dgpo_jax.sampling import generate_set, make_round
+from dgpo_jax.preparation.report import make_report, write_report
+from dgpo_jax.preparation.steps import Step, decontaminate, deduplicate, drop_long, drop_unparsable, keep_between
 from dgpo_jax.session import run_command, say
 from dgpo_jax.types import Problem
 

@@ -1,5 +1,6 @@
 """What judged responses are worth: the reward functions of the config, and the penalty for length."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ from dgpo_jax.config import Config
 from dgpo_jax.rewards.functions import Sample, load_functions, parse_formula, total, values_of
 from dgpo_jax.rewards.shaping import format_reward, overlong_penalty
 from dgpo_jax.rollout import Responses
-from dgpo_jax.types import Verdict
+from dgpo_jax.types import STATUSES, Verdict
 
 
 class Rewards(NamedTuple):
@@ -92,3 +93,9 @@ def reward_metrics(config: Config, terms: dict[str, np.ndarray], samples: Sequen
     if config.reward.no_think_end is not None or config.reward.no_think_start is not None:
         figures["reward/no_think"] = float(np.mean([form_reward(config, sample) is not None for sample in samples]))
     return figures
+
+
+def count_statuses(verdicts) -> dict[str, float]:
+    """Share of each status, so that a broken checker shows: {'verdict/correct': 0.5, ...}."""
+    counts = Counter(verdict.status for verdict in verdicts)
+    return {f"verdict/{status}": counts[status] / len(verdicts) for status in STATUSES}

@@ -11,7 +11,7 @@ from pathlib import Path
 from dgpo_jax.build import build_checkers, build_parts, fresh_state, make_decode_params
 from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.config import Config
-from dgpo_jax.evaluation import make_evaluation
+from dgpo_jax.evaluation.in_training import make_evaluation
 from dgpo_jax.plan import print_plan
 from dgpo_jax.recipe import published, resolve
 from dgpo_jax.restart import at_the_start, save

@@ -31,7 +31,7 @@ from dgpo_jax.build import (
 from dgpo_jax.checkpoint import Checkpoints, locate, peek, read_params
 from dgpo_jax.collecting import make_collect
 from dgpo_jax.config import Config
-from dgpo_jax.evaluation import make_evaluation
+from dgpo_jax.evaluation.in_training import make_evaluation
 from dgpo_jax.learning import compute_advantages, learn, score_waiting
 from dgpo_jax.metrics import MetricsWriter, progress, read_metrics
 from dgpo_jax.plan import print_plan

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dgpo_jax.benchmarks import BENCHMARKS, parse_sets
+from dgpo_jax.data.benchmarks import BENCHMARKS, parse_sets
 
 
 @pytest.mark.parametrize("text, expected", [

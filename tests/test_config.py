@@ -50,8 +50,10 @@ def plain(message):
     return " ".join("".join(" " if letter in "╭─╮│╰╯" else letter for letter in message).split())
 
 
-def test_there_are_the_five_configs_that_the_readme_promises():
-    assert [path.stem for path in CONFIGS] == ["qwen_14b", "qwen_1p5b", "qwen_7b", "smoke", "smollm2"]
+def test_there_are_the_configs_that_the_readme_promises():
+    assert [path.stem for path in CONFIGS] == [
+        "eval_qwen_1p5b", "eval_smollm2", "qwen_14b", "qwen_1p5b", "qwen_7b", "smoke", "smoke_code", "smollm2",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -59,10 +61,11 @@ def test_every_config_loads_and_says_its_name_and_command(path):
     config = load([f"--config={path}"])
     assert isinstance(config, Config)
     assert config.name == path.stem  # the default workdir is named after it
-    assert f"python -m dgpo_jax.train --config=configs/{path.name}" in path.read_text()
+    command = "evaluate" if path.stem.startswith("eval_") else "train"
+    assert f"python -m dgpo_jax.{command} --config=configs/{path.name}" in path.read_text()
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [path for path in CONFIGS if "eval" not in path.stem], ids=lambda path: path.stem)
 def test_every_config_makes_several_updates_of_one_rollout(path):
     assert load([f"--config={path}"]).update.updates >= 4  # with one, DGPO and GRPO are the same
 
@@ -265,7 +268,7 @@ def test_a_setting_that_breaks_its_rule_is_refused_with_value_and_fix(section, n
 
 
 def test_an_evaluation_of_nothing_is_refused():
-    with pytest.raises(ValueError, match="eval.greedy is False, but with eval.samples at 0 nothing would be evaluated"):
+    with pytest.raises(ValueError, match=r"eval\.greedy is False, but with eval.samples at 0 nothing would be evaluated"):
         EvalConfig(samples=0, greedy=False)
 
 

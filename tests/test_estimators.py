@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from dgpo_jax.estimators import (
+from dgpo_jax.evaluation.estimators import (
     NO_VOTE,
     RIGHT,
     Estimate,

@@ -17,13 +17,13 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from dgpo_jax import evaluate as story
-from dgpo_jax import evaluation_protocol as protocols
 from dgpo_jax.build import build_checkers, build_params, build_parts, fresh_state, make_decode_params
 from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.config import load
 from dgpo_jax.evaluate import Options, evaluate
-from dgpo_jax.evaluation import make_evaluation
-from dgpo_jax.generations import read_generations, rewrite
+from dgpo_jax.evaluation import protocol as protocols
+from dgpo_jax.evaluation.generations import read_generations, rewrite
+from dgpo_jax.evaluation.in_training import make_evaluation
 from dgpo_jax.rewards import math_verify
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,10 +5,11 @@ from collections import Counter
 
 import pytest
 
-from dgpo_jax.estimators import NO_VOTE, RIGHT, Estimate
-from dgpo_jax.evaluation_differences import Change, Disagreement, disagreement_report, regrade_report
-from dgpo_jax.evaluation_protocol import differences
-from dgpo_jax.evaluation_report import (
+from dgpo_jax.evaluation.differences import Change, Disagreement, disagreement_report, regrade_report
+from dgpo_jax.evaluation.estimators import NO_VOTE, RIGHT, Estimate
+from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, Judged
+from dgpo_jax.evaluation.protocol import differences
+from dgpo_jax.evaluation.report import (
     fenced,
     inline,
     mean_over_sets,
@@ -21,7 +22,6 @@ from dgpo_jax.evaluation_report import (
     to_markdown,
     write_text,
 )
-from dgpo_jax.judging import GREEDY, SAMPLES, Answered, Judged
 from dgpo_jax.types import Problem, Verdict
 
 PROBLEMS = [Problem(f"p{number}", "?", "1", "test") for number in range(4)]

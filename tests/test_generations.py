@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgpo_jax.estimators import NO_VOTE, RIGHT
-from dgpo_jax.generations import Generations, count_done, read_generations, rewrite
-from dgpo_jax.judging import Answered, Judged, count_votes, figures
+from dgpo_jax.evaluation.estimators import NO_VOTE, RIGHT
+from dgpo_jax.evaluation.generations import Generations, count_done, read_generations, rewrite
+from dgpo_jax.evaluation.judging import Answered, Judged, count_votes, figures
+from dgpo_jax.evaluation.sampling import Round, answer_set, batch_shape, generate_set, pad_problems
 from dgpo_jax.metrics import write_lines
 from dgpo_jax.rl.sampler import EVALUATION, Sampling
 from dgpo_jax.rollout import Responses
-from dgpo_jax.sampling import Round, answer_set, batch_shape, generate_set, pad_problems
 from dgpo_jax.types import Problem, Prompts, Rollout, Verdict
 
 PROBLEMS = [Problem(f"p{number}", f"what is {number}?", str(number), "test") for number in range(7)]

@@ -16,12 +16,13 @@ FLOORS = [
     {"sharding", "manifest", "processes"},
     {"models", "checkpoint", "metrics", "plots", "comparison", "comparison_plots"},
     {"rl", "rewards", "data"},
-    {"recipe", "build", "rollout", "evaluation", "supervised", "learning", "collecting", "restart", "plan", "session", "methods", "comparison_plan"},
+    {"recipe", "build", "rollout", "rewarding", "supervised", "learning", "collecting", "restart", "plan", "session", "methods", "comparison_plan"},
+    {"evaluation", "preparation"},
 ]
 STORIES = len(FLOORS)
 
 # Worker processes start in tens of milliseconds and hold no device: neither these nor what they import know of JAX.
-HOST = {"", "types", "config", "manifest", "metrics", "plots", "comparison", "comparison_plots", "processes", "rewards", "data", "rl.advantages", "rl.aggregation", "rl.experience", "rl.kl", "rl.packing"}
+HOST = {"", "types", "config", "manifest", "metrics", "plots", "comparison", "comparison_plots", "processes", "rewards", "data", "rl.advantages", "rl.aggregation", "rl.experience", "rl.kl", "rl.packing", "evaluation.estimators", "evaluation.judging", "evaluation.generations", "evaluation.report", "evaluation.differences"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 # rl/ is handed a model as functions, rewards as numbers; its formulas take arrays and numbers, never a config.
@@ -127,15 +128,15 @@ def test_imports_point_down_or_sideways_within_a_folder():
 
 
 @pytest.mark.parametrize("module, source, complaint", [
-    ("rl.losses", "import dgpo_jax.train", "rl.losses (floor 3) imports train (floor 5)"),
+    ("rl.losses", "import dgpo_jax.train", "rl.losses (floor 3) imports train (floor 6)"),
     ("rl.update", "from ..models import qwen", "rl.update imports models.qwen, which rl may not"),
     ("rl.losses", "from dgpo_jax.config import LossConfig", "rl.losses imports config, which rl.losses may not"),
     ("types", "from dgpo_jax import sharding", "types (floor 0) imports sharding (floor 1)"),
-    ("train", "def f():\n    from dgpo_jax.sft import main", "train (floor 5) imports sft (floor 5)"),
+    ("train", "def f():\n    from dgpo_jax.sft import main", "train (floor 6) imports sft (floor 6)"),
     ("rewards.pool", "from dgpo_jax.data import problems", "rewards.pool (floor 3) imports data.problems (floor 3)"),
     ("metrics", "import jax.numpy as jnp", "metrics imports library jax"),
     ("rl.experience", "from dgpo_jax.rl.losses import sequence_sum", "rl.experience imports rl.losses imports library jax"),
-    ("recipe", "from dgpo_jax.train import train", "recipe (floor 4) imports train (floor 5)"),
+    ("recipe", "from dgpo_jax.train import train", "recipe (floor 4) imports train (floor 6)"),
     ("rewards.math", "from dgpo_jax.sharding import to_host", "rewards.math imports sharding imports library jax"),
 ])
 def test_the_walk_sees_a_wrong_import_and_names_both(module, source, complaint):

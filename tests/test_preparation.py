@@ -5,12 +5,12 @@ import random
 import pytest
 from tiny_config import get_config
 
-from dgpo_jax import preparation
 from dgpo_jax.data.decontamination import BenchmarkIndex, longest_run, ngrams
 from dgpo_jax.data.deduplication import text_key, words
 from dgpo_jax.data.prompts import Template
 from dgpo_jax.data.tokenizers import load_tokenizer
-from dgpo_jax.preparation import (
+from dgpo_jax.preparation import steps as preparation
+from dgpo_jax.preparation.steps import (
     as_response,
     count_lengths,
     count_rates,

@@ -12,8 +12,8 @@ from dgpo_jax import prepare as story
 from dgpo_jax.config import PrepareConfig, parse_command
 from dgpo_jax.data.problems import fingerprint, load_problems
 from dgpo_jax.data.tokenizers import load_tokenizer
-from dgpo_jax.preparation import Drop, Step
-from dgpo_jax.preparation_report import describe_sources, report_paths, to_markdown
+from dgpo_jax.preparation.report import describe_sources, report_paths, to_markdown
+from dgpo_jax.preparation.steps import Drop, Step
 from dgpo_jax.prepare import Options, prepare
 
 LEAK = "there are two apples in a box and tom adds three more of them"
@@ -149,8 +149,8 @@ def fake_rollouts(monkeypatch, calls):
         def answers(self):
             return [(self.problems[row // self.group_size], text) for row, text in enumerate(self.texts)]
 
-    monkeypatch.setattr("dgpo_jax.sampling.make_rollout", make_rollout)
-    monkeypatch.setattr("dgpo_jax.evaluation_protocol.build_params", lambda *_: {})  # it needs no weights
+    monkeypatch.setattr("dgpo_jax.evaluation.sampling.make_rollout", make_rollout)
+    monkeypatch.setattr("dgpo_jax.evaluation.protocol.build_params", lambda *_: {})  # it needs no weights
     monkeypatch.setattr(story, "make_decode_params", lambda actor: lambda params: params)
 
 
@@ -177,7 +177,7 @@ def test_a_kill_and_other_bounds_sample_nothing_again(measured, tmp_path, monkey
     prepare(measured, None, Options(str(tmp_path / "out.jsonl")))
     assert contents(tmp_path) == whole and samples.read_bytes() == b"".join(lines)
 
-    monkeypatch.setattr("dgpo_jax.evaluation_protocol.build_params", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("dgpo_jax.evaluation.protocol.build_params", lambda *_: pytest.fail("weights were loaded"))
     other = replace(measured, prepare=replace(measured.prepare, pass_above=0.0, pass_below=1.0))
     prepare(other, None, Options(str(tmp_path / "out.jsonl")))
     assert contents(tmp_path)["out.jsonl"] != whole["out.jsonl"] and first > 0

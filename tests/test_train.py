@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgpo_jax import collecting, evaluation, train
+from dgpo_jax import collecting, train
 from dgpo_jax.build import abstract_state, build_parts
 from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.config import MeshConfig, load
+from dgpo_jax.evaluation import sampling
 from dgpo_jax.metrics import read_metrics
 from dgpo_jax.recipe import resolve
 from dgpo_jax.sharding import to_host
@@ -239,7 +240,7 @@ def compiled(monkeypatch):
     watch(train, "build_programs", lambda built: built._asdict())
     watch(train, "make_decode_params", lambda built: {"decode_params": built})
     watch(collecting, "make_rollout", lambda built: {"sample": built.sample})
-    watch(evaluation, "make_rollout", lambda built: {f"sample for evaluation {len(programs)}": built.sample})
+    watch(sampling, "make_rollout", lambda built: {f"sample for evaluation {len(programs)}": built.sample})
     return programs
 
 

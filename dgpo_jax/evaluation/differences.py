@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from dgpo_jax.evaluation_report import Scored, fenced, inline, percent, table
-from dgpo_jax.judging import Judged
+from dgpo_jax.evaluation.judging import Judged
+from dgpo_jax.evaluation.report import Scored, fenced, inline, percent, table
 from dgpo_jax.types import Problem, Verdict
 
 TAIL = 400  # characters of a response that are shown

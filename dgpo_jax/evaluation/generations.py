@@ -15,7 +15,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from dgpo_jax.judging import Answered, Judged
+from dgpo_jax.evaluation.judging import Answered, Judged
 from dgpo_jax.metrics import write_lines
 from dgpo_jax.types import Problem, Verdict
 

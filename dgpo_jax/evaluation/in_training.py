@@ -1,13 +1,11 @@
 """Accuracy of the weights as they are, in training: what `dgpo_jax.evaluate` reports, without its files."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
-from dgpo_jax.judging import GREEDY, Answered, figures
-from dgpo_jax.sampling import answer_set, make_rounds
-from dgpo_jax.types import STATUSES
+from dgpo_jax.evaluation.judging import GREEDY, Answered, figures
+from dgpo_jax.evaluation.sampling import answer_set, make_rounds
 
 
 def make_evaluation(config: Config, parts: Parts, checkers) -> Callable[..., tuple[dict, list[dict]]]:
@@ -68,9 +66,3 @@ def to_eval_rows(label: str, done: Sequence[Answered]) -> list[dict]:
         for problem, responses in done
         for sample, response in enumerate(responses)
     ]
-
-
-def count_statuses(verdicts) -> dict[str, float]:
-    """Share of each status, so that a broken checker shows: {'verdict/correct': 0.5, ...}."""
-    counts = Counter(verdict.status for verdict in verdicts)
-    return {f"verdict/{status}": counts[status] / len(verdicts) for status in STATUSES}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dgpo_jax.estimators import (
+from dgpo_jax.evaluation.estimators import (
     NO_VOTE,
     RIGHT,
     Estimate,

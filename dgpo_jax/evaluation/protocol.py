@@ -24,10 +24,10 @@ from typing import NamedTuple
 import jax
 
 import dgpo_jax
-from dgpo_jax.benchmarks import HELD_OUT, NamedSet, parse_sets
 from dgpo_jax.build import Actor, build_params, load
 from dgpo_jax.checkpoint import locate, read_params
 from dgpo_jax.config import Config
+from dgpo_jax.data.benchmarks import HELD_OUT, NamedSet, parse_sets
 from dgpo_jax.data.problems import fingerprint
 from dgpo_jax.data.prompts import fit_prompts
 from dgpo_jax.manifest import MANIFEST

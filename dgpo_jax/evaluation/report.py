@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dgpo_jax.estimators import Estimate, powers_of_two
-from dgpo_jax.judging import GREEDY, SAMPLES, Answered, figures
+from dgpo_jax.evaluation.estimators import Estimate, powers_of_two
+from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, figures
 from dgpo_jax.types import STATUSES
 
 MEANINGS = {

@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 from dgpo_jax.build import Actor, Parts
 from dgpo_jax.config import Config
-from dgpo_jax.generations import Generations
-from dgpo_jax.judging import GREEDY, SAMPLES, Answered, Judged, judge
+from dgpo_jax.evaluation.generations import Generations
+from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, Judged, judge
 from dgpo_jax.rl.sampler import EVALUATION, Draw, Sampling
 from dgpo_jax.rollout import Responses, make_rollout
 from dgpo_jax.types import Problem

@@ -11,7 +11,7 @@ from pathlib import Path
 from dgpo_jax.data.problem_sets import SETS
 from dgpo_jax.data.problems import JoinedProblems, fingerprint
 from dgpo_jax.metrics import write_lines
-from dgpo_jax.preparation import Step
+from dgpo_jax.preparation.steps import Step
 from dgpo_jax.types import Problem
 
 BAR = 40  # characters of the longest bar

@@ -3,7 +3,7 @@
     kept, step = deduplicate(problems)
     kept, step = decontaminate(kept, {"aime24": ...}, 9)
 
-`dgpo_jax.prepare` calls them in order, `preparation_report` writes down what they say.
+`dgpo_jax.prepare` calls them in order, `report` writes down what they say.
 """
 
 import math

@@ -6,7 +6,7 @@ Needs bubblewrap (Debian: apt install bubblewrap), in which the programs run wit
 --config.code.sandbox=rlimits runs them with limits on time and memory only; they could then read and delete your files.
 
 Hardware: 2 CPU cores. Expected: see benchmarks/RESULTS.md.
-The problems are small and of eight kinds (of the forty in data/coding.py). A short warm start on worked solutions leaves a model that
+The problems are small and of four kinds (of the forty in data/coding.py). A short warm start on worked solutions leaves a model that
 writes programs, many of them wrong; a response earns the share of its tests that it passes (docs/code_rewards.md).
 """
 
@@ -34,12 +34,12 @@ def get_config() -> Config:
         ),
         data=DataConfig(
             train="builtin:coding/train", held_out="builtin:coding/test", tokenizer="builtin:words", template="plain",
-            operations="linear,remainder,quotient,sum_up_to,add_to_each,count_above,repeat,first_letters", size=500,
+            operations="linear,remainder,repeat,add_to_each", size=20_000, slips=0.3, unmarked=0.5, too_long="drop",
         ),
-        rollout=RolloutConfig(prompts=16, group_size=8, max_prompt=272, max_response=172),
-        update=UpdateConfig(updates=4, tokens_per_row=448, tokens_per_device=3584, logprob_chunk=224),
+        rollout=RolloutConfig(prompts=16, group_size=8, max_prompt=224, max_response=160),
+        update=UpdateConfig(updates=4, tokens_per_row=384, tokens_per_device=3072, logprob_chunk=192),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_iterations=2, beta2=0.99, weight_decay=0.0),
-        sft=SftConfig(updates=150, examples=16, learning_rate=3e-3, checkpoint_every=50),
+        sft=SftConfig(updates=200, examples=16, learning_rate=3e-3, checkpoint_every=50),
         eval=EvalConfig(every=5, problems=64, samples=4),
         checkpoint=CheckpointConfig(every=5),
     )  # fmt: skip

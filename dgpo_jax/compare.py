@@ -22,13 +22,11 @@ once per seed and copied, so that they begin with the same weights, to the bit.
     WORKDIR/warm_start/seed_K/                    the warm start of a seed
 """
 
-import contextlib
-import fcntl
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -38,6 +36,7 @@ from dgpo_jax.checkpoint import peek
 from dgpo_jax.comparison import AVERAGE, FAILURE, GREEDY, Result, make_table, read_result, series, to_csv
 from dgpo_jax.comparison_plan import Plan, Run, parse_plan
 from dgpo_jax.comparison_plots import Weights, plot_comparison, plot_weights
+from dgpo_jax.files import alone_in
 from dgpo_jax.methods import gradient_weights, trust_region
 from dgpo_jax.processes import Job, run_all, why_failed
 from dgpo_jax.session import claim_workdir, say
@@ -164,17 +163,6 @@ def scores(run: Run) -> str:
     rows = read_result(run.method.label, run.seed, run.workdir, finished=True).rows
     found = {"greedy": series(rows, GREEDY), "avg@k": series(rows, AVERAGE)}
     return ", ".join(f"{name} {points[-1][1]:.1%}" for name, points in found.items() if points) or "not evaluated"
-
-
-@contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
-    """Two that run the same runs would write into each other's files."""
-    with open(workdir / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
-        except OSError:
-            raise ValueError(f"{workdir} is being worked on by another compare; wait for it, or stop it.") from None
-        yield
 
 
 def report(plan: Plan) -> list[Result]:

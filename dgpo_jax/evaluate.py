@@ -33,8 +33,9 @@ from dgpo_jax.evaluation.differences import Change, Disagreement, disagreement_r
 from dgpo_jax.evaluation.generations import count_done, read_generations, rewrite
 from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, Judged, judge
 from dgpo_jax.evaluation.protocol import Asked, Weights
-from dgpo_jax.evaluation.report import Scored, score_line, score_set, score_table, to_json, to_markdown, write_text
+from dgpo_jax.evaluation.report import Scored, score_line, score_set, score_table, to_json, to_markdown
 from dgpo_jax.evaluation.sampling import generate_set, make_rounds
+from dgpo_jax.files import alone_in, write_whole
 from dgpo_jax.metrics import progress
 from dgpo_jax.rewards import math_verify
 from dgpo_jax.rewards.checkers import Checkers
@@ -73,7 +74,7 @@ def evaluate(config: Config, workdir: Path | None, options: Options) -> list[Sco
     print_plan(config, weights, sets, workdir)
 
     with (
-        protocols.alone_in(workdir),
+        alone_in(workdir),
         build_checkers(config, (problem for one in sets for problem in one.problems)) as checkers,
     ):
         protocol = protocols.claim(workdir, weights.name, asking, grading, options.regrade)
@@ -90,8 +91,8 @@ def evaluate(config: Config, workdir: Path | None, options: Options) -> list[Sco
         if len(scored) < len(sets):
             say("the evaluation is not finished: the same command without --regrade goes on")
             return []
-        write_text(workdir / "results.json", to_json(scored, protocol, unmatched))
-        write_text(workdir / "results.md", to_markdown(config.name, scored, protocol, unmatched))
+        write_whole(workdir / "results.json", to_json(scored, protocol, unmatched))
+        write_whole(workdir / "results.md", to_markdown(config.name, scored, protocol, unmatched))
         say(f"\n{score_table(scored)}")
         say(f"results        {workdir}/results.md  {workdir}/results.json")
         say(f"responses      {workdir}/generations/")
@@ -162,7 +163,7 @@ def regrade(workdir: Path, config: Config, sets: Sequence[Asked], checkers: Chec
         changes += find_changes(one.name, before[one.name], after[one.name])
     finished = [one for one in sets if all(len(done) == len(one.problems) for done in after[one.name].values())]
     scored = [[score_set(one.name, judged[one.name], one.unasked) for one in finished] for judged in (before, after)]
-    write_text(workdir / "regrade.md", regrade_report(changes, *scored, was, protocol["grading"]))
+    write_whole(workdir / "regrade.md", regrade_report(changes, *scored, was, protocol["grading"]))
     # Killed from here on, the verdicts are of two kinds: nothing but another --regrade goes on with them.
     protocols.write_protocol(workdir, protocol | {"grading": protocol["grading"] | {"regrade": "not finished"}})
     for name, found in after.items():
@@ -222,7 +223,7 @@ def compare_graders(workdir: Path, config: Config, responses: Responses) -> None
         for ticket in tickets:
             theirs.append(ticket.result())
             advance(1)
-    write_text(path, make_disagreements(rows, theirs))
+    write_whole(path, make_disagreements(rows, theirs))
     say(f"disagreements  {path}")
 
 

@@ -30,6 +30,7 @@ from dgpo_jax.evaluation import protocol as protocols
 from dgpo_jax.evaluation.generations import count_done
 from dgpo_jax.evaluation.protocol import Asked, Weights
 from dgpo_jax.evaluation.sampling import generate_set, make_round
+from dgpo_jax.files import alone_in
 from dgpo_jax.metrics import progress, write_lines
 from dgpo_jax.models import resolve_folder
 from dgpo_jax.preparation.report import make_report, write_report
@@ -173,7 +174,7 @@ def measure_pass_rates(
     asking = protocols.describe_asking(config, actor, weights, [asked])
     asking["graded by"] = protocols.describe_grading(config, [asked])  # another grader is another rate
     path = workdir / "generations" / "train.jsonl"
-    with protocols.alone_in(workdir):
+    with alone_in(workdir):
         protocols.claim(workdir, weights.name, asking, {})
         params = None
         if count_done(path) < len(problems):  # else other bounds are tried on what there is, without weights

@@ -13,6 +13,7 @@ import jax
 
 from dgpo_jax.config import Config, NoOptions, default_workdir, fixed_settings, flatten, parse_command, to_json
 from dgpo_jax.data.problems import fingerprint
+from dgpo_jax.files import write_whole
 from dgpo_jax.types import Problem
 
 CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
@@ -86,13 +87,6 @@ def claim_problems(workdir: Path, **sets: Sequence[Problem]) -> None:
             f" {prints[changed[0]]['problems']}, or their texts have changed. Put them back, or use another --workdir."
         )
     write_whole(record, json.dumps(before | prints, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A kill leaves the old file or the new one, never half of it."""
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def has_results(workdir: Path) -> bool:

@@ -28,6 +28,7 @@ from dgpo_jax.comparison import (
 from dgpo_jax.comparison_plan import parse_plan
 from dgpo_jax.comparison_plots import PANELS, Weights, _draw, mean_curve, plot_comparison, plot_weights
 from dgpo_jax.config import LossConfig
+from dgpo_jax.files import alone_in
 from dgpo_jax.methods import gradient_weights, parse_methods, trust_region
 from dgpo_jax.metrics import read_metrics
 from dgpo_jax.processes import Job, core_shares, run_all, why_failed
@@ -518,7 +519,7 @@ def test_other_settings_and_other_companies_are_refused(pretended):
     pretended("grpo")
     with pytest.raises(ValueError, match=r"update\.updates was 2 and is 4"):
         pretended("grpo", "--config.update.updates=4")
-    with compare.alone_in(pretended.workdir), pytest.raises(ValueError, match="another compare"):
+    with alone_in(pretended.workdir), pytest.raises(ValueError, match="another process"):
         pretended("grpo")
 
 

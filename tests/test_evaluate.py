@@ -24,6 +24,7 @@ from dgpo_jax.evaluate import Options, evaluate
 from dgpo_jax.evaluation import protocol as protocols
 from dgpo_jax.evaluation.generations import read_generations, rewrite
 from dgpo_jax.evaluation.in_training import make_evaluation
+from dgpo_jax.files import alone_in
 from dgpo_jax.rewards import math_verify
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -300,7 +301,7 @@ def test_without_sets_the_held_out_problems_are_asked(tmp_path):
 
 
 def test_two_evaluations_do_not_write_into_one_folder(copy):
-    with protocols.alone_in(copy), pytest.raises(ValueError, match="being worked on"):
+    with alone_in(copy), pytest.raises(ValueError, match="being worked on"):
         run(copy)
 
 

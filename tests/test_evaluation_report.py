@@ -20,8 +20,8 @@ from dgpo_jax.evaluation.report import (
     table,
     to_json,
     to_markdown,
-    write_text,
 )
+from dgpo_jax.files import write_whole
 from dgpo_jax.types import Problem, Verdict
 
 PROBLEMS = [Problem(f"p{number}", "?", "1", "test") for number in range(4)]
@@ -138,7 +138,7 @@ def test_text_cannot_end_its_code(text, expected):
 
 
 def test_half_a_surrogate_pair_can_be_written(tmp_path):
-    write_text(tmp_path / "report.md", "half \ud83d é")
+    write_whole(tmp_path / "report.md", "half \ud83d é")
     assert (tmp_path / "report.md").read_bytes() == b"half \\ud83d \xc3\xa9"
 
 

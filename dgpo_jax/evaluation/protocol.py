@@ -8,13 +8,10 @@ whenever a later session had another device or other versions.
     WORKDIR/protocol.json      {"weights": ..., "asking": ..., "grading": ..., "sessions": [...]}
 """
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -30,6 +27,7 @@ from dgpo_jax.config import Config
 from dgpo_jax.data.benchmarks import HELD_OUT, NamedSet, parse_sets
 from dgpo_jax.data.problems import fingerprint
 from dgpo_jax.data.prompts import fit_prompts
+from dgpo_jax.files import write_whole
 from dgpo_jax.manifest import MANIFEST
 from dgpo_jax.models.parameters import abstract_parameters
 from dgpo_jax.types import Problem
@@ -251,9 +249,7 @@ def read_protocol(workdir: Path) -> dict:
 
 def write_protocol(workdir: Path, protocol: dict) -> None:
     """Whole or not at all."""
-    temporary = workdir / f"{PROTOCOL}.partial"
-    temporary.write_text(json.dumps(protocol, indent=2) + "\n")
-    os.replace(temporary, workdir / PROTOCOL)
+    write_whole(workdir / PROTOCOL, json.dumps(protocol, indent=2) + "\n")
 
 
 def differences(before: dict, after: dict, prefix: str = "") -> list[str]:
@@ -271,23 +267,3 @@ def differences(before: dict, after: dict, prefix: str = "") -> list[str]:
 def _refuse(what: str, found: list[str], fix: str) -> None:
     if found:
         raise ValueError(f"{what}: {'; '.join(found)}; {fix}.")
-
-
-@contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
-    """Two that answer the same problems would write into each other's files.
-
-    Raises:
-        ValueError: somebody else is at work there, or it cannot be written.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = open(workdir / "lock", "w")  # noqa: SIM115 (closed below)
-    except OSError as error:
-        raise ValueError(f"--workdir {workdir} cannot be written: {error.strerror}; choose another.") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
-        except OSError:
-            raise ValueError(f"{workdir} is being worked on by another evaluation; wait for it, or stop it.") from None
-        yield

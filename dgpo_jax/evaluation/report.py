@@ -8,10 +8,8 @@ Never imports JAX.
 
 import json
 import math
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from dgpo_jax.evaluation.estimators import Estimate, powers_of_two
@@ -224,10 +222,3 @@ def inline(text: str) -> str:
     longest = max(map(len, re.findall("`+", text)), default=0)
     ticks = "`" * (longest + 1)
     return f"{ticks} {text} {ticks}" if longest else f"`{text}`"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all. Half a surrogate pair, which a model can emit and UTF-8 cannot hold, becomes its escape."""
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_bytes(text.encode("utf-8", errors="backslashreplace"))
-    os.replace(temporary, path)

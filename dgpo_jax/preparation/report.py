@@ -4,12 +4,12 @@ It holds no time and no date: the same command twice gives the same files.
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dgpo_jax.data.problem_sets import SETS
 from dgpo_jax.data.problems import JoinedProblems, fingerprint
+from dgpo_jax.files import write_whole
 from dgpo_jax.metrics import write_lines
 from dgpo_jax.preparation.steps import Step
 from dgpo_jax.types import Problem
@@ -160,12 +160,6 @@ def write_report(output: Path, report: dict, steps: Sequence[Step]) -> dict[str,
     paths = report_paths(output)
     dropped = [{"id": drop.id, "step": step.name, "reason": drop.reason} for step in steps for drop in step.drops]
     write_lines(paths["dropped.jsonl"], dropped)
-    _write_text(paths["report.json"], json.dumps(report, indent=1, ensure_ascii=False) + "\n")
-    _write_text(paths["report.md"], to_markdown(report, output.name))
+    write_whole(paths["report.json"], json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    write_whole(paths["report.md"], to_markdown(report, output.name))
     return paths
-
-
-def _write_text(path, text):
-    temporary = path.with_name(f"{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(temporary, path)

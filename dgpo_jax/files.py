@@ -1,0 +1,38 @@
+"""Files and folders that survive a kill and do not mix two runs. Standard library only."""
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A kill leaves the old file or the new one, never half of it. Half a surrogate pair, which a model can emit and UTF-8
+    cannot hold, becomes its escape."""
+    temporary = path.with_name(f"{path.name}.partial")
+    with open(temporary, "wb") as file:
+        file.write(text.encode("utf-8", errors="backslashreplace"))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Two that do the same work would write into each other's files. Creates the folder.
+
+    Raises:
+        ValueError: somebody else is at work there, or it cannot be written.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = open(workdir / "lock", "w")  # noqa: SIM115 (closed below)
+    except OSError as error:
+        raise ValueError(f"--workdir {workdir} cannot be written: {error.strerror}; choose another.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with this process, however that ends
+        except OSError:
+            raise ValueError(f"{workdir} is being worked on by another process; wait for it, or stop it.") from None
+        yield

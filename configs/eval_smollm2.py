@@ -21,5 +21,5 @@ def get_config() -> Config:
         rollout=RolloutConfig(prompts=8, group_size=4, max_prompt=256, max_response=192),
         reward=RewardConfig(extract="last"),  # it was never told to box its answers
         update=UpdateConfig(tokens_per_row=512, tokens_per_device=512),
-        eval=EvalConfig(sets="gsm8k,math500", problems=50, samples=4, greedy=True, temperature=0.7),
+        eval=EvalConfig(sets="gsm8k,math500", problems=50, samples=4, temperature=0.6, top_p=0.95),
     )

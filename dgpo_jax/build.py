@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dgpo_jax.config import Config, DataConfig
-from dgpo_jax.data.benchmarks import parse_sets
+from dgpo_jax.config import Config, DataConfig, require
+from dgpo_jax.data.benchmarks import HELD_OUT, parse_sets
 from dgpo_jax.data.problems import ProblemStream, load_problems
 from dgpo_jax.data.prompts import Template, fit_prompts
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -56,6 +56,7 @@ class Parts(NamedTuple):
     stream: ProblemStream  # training problems in their shuffled order
     held_out: Sequence[Problem]  # empty = none
     benchmarks: dict[str, Sequence[Problem]]  # by name; evaluated in training besides held_out
+    unasked: dict[str, int]  # problems of held_out and of benchmarks that are too long to be asked; they count as wrong
     dropped: int  # training problems left out because their prompts are too long
     optimizer: optax.GradientTransformation
     shardings: Shardings
@@ -81,6 +82,7 @@ def build_parts(config: Config) -> Parts:
     Raises:
         ValueError: devices, tokenizer, problems or model do not fit the config or each other.
     """
+    check_row_length(config)
     actor = build_actor(config)
     check_rows(config, actor.replicas)
     problems = build_problems(config, actor.tokenizer, actor.template)
@@ -110,6 +112,15 @@ def build_actor(config: Config) -> Actor:
     return Actor(mesh, folder, tokenizer, template, model)
 
 
+def check_row_length(config: Config) -> None:
+    """Refuses rows that a sequence may not fit into; who learns nothing needs none."""
+    longest = config.rollout.max_prompt + config.rollout.max_response
+    require(
+        config.update.tokens_per_row >= longest, "update.tokens_per_row", config.update.tokens_per_row,
+        f"a prompt and its response can be {longest} tokens and are never split", f"give at least {longest}",
+    )  # fmt: skip
+
+
 def check_rows(config: Config, replicas: int) -> None:
     """Refuses sizes that the replicas of the mesh cannot share evenly."""
     prompts = config.rollout.prompts_at_once
@@ -130,7 +141,7 @@ def build_tokenizer(config: Config, folder: str) -> Tokenizer:
 
 
 def build_problems(config: Config, tokenizer: Tokenizer, template: Template):
-    """(ProblemStream to train on, held-out problems, benchmarks by name, training problems dropped as too long)."""
+    """(ProblemStream to train on, held-out problems, benchmarks by name, too long ones of these by name, dropped of the first)."""
     data, limit = config.data, config.rollout.max_prompt
 
     def fitting(source: str, first: int | None = None) -> tuple[Sequence[Problem], int]:
@@ -138,9 +149,12 @@ def build_problems(config: Config, tokenizer: Tokenizer, template: Template):
         return fit_prompts(problems[:first] if first else problems, tokenizer, template, limit, data.too_long)
 
     problems, dropped = fitting(data.train)
-    held_out = fitting(data.held_out, config.eval.problems)[0] if data.held_out else []
-    benchmarks = {name: fitting(source, config.eval.problems)[0] for name, source in parse_sets(config.eval.sets)}
-    return ProblemStream(problems, config.seed), held_out, benchmarks, dropped
+    sources = dict(parse_sets(config.eval.sets)) | ({HELD_OUT: data.held_out} if data.held_out else {})
+    sets = {name: fitting(source, config.eval.problems) for name, source in sources.items()}
+    unasked = {name: count for name, (_, count) in sets.items() if count}
+    benchmarks = {name: fit for name, (fit, _) in sets.items()}
+    held_out = benchmarks.pop(HELD_OUT, [])
+    return ProblemStream(problems, config.seed), held_out, benchmarks, unasked, dropped
 
 
 def load(data: DataConfig, source: str, seed: int) -> Sequence[Problem]:

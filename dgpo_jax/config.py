@@ -395,6 +395,11 @@ class PrepareConfig:
         for name in ("pass_above", "pass_below"):
             value = getattr(self, name)
             require(value is None or 0 <= value <= 1, f"prepare.{name}", value, "it is a share of responses", "give 0 to 1")
+        above, below = self.pass_above, self.pass_below
+        require(
+            (0 if above is None else above) < (1 if below is None else below), "prepare.pass_above, prepare.pass_below", (above, below),
+            "a pass rate has to fit between them", "lower the first or raise the second",
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -435,11 +440,6 @@ class Config:
     def __post_init__(self):
         require(self.iterations >= 0, "iterations", self.iterations, "it counts iterations", "give 0 for the warm start only")
         require(0 <= self.seed < 2**31, "seed", self.seed, "random keys take 31 bits", "give 0 to 2147483647")
-        longest = self.rollout.max_prompt + self.rollout.max_response
-        require(
-            self.update.tokens_per_row >= longest, "update.tokens_per_row", self.update.tokens_per_row,
-            f"a prompt and its response can be {longest} tokens and are never split", f"give at least {longest}",
-        )  # fmt: skip
         require(
             self.rollout.prompts % self.update.updates == 0, "update.updates", self.update.updates,
             f"each update takes an equal share of the {self.rollout.prompts} groups", "make it a divisor of rollout.prompts",
@@ -533,14 +533,14 @@ def parse_command(
 
     @dataclass(frozen=True)
     class Command:
-        config: all_settings
         options: flags
+        config: all_settings
         workdir: str = ""  # where everything is written; '' = a folder named after the config and its settings, found again by the same ones
 
     command = tyro.cli(
         Command,
         args=rest,
-        default=Command(config=_run_config_file(path) if path else Config(), options=options()),
+        default=Command(options(), _run_config_file(path) if path else Config()),
         prog=f"python -m {program} --config=FILE",
         description=description,
     )

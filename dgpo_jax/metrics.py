@@ -34,8 +34,8 @@ class Column(NamedTuple):
 CONSOLE_COLUMNS = (
     Column("reward/mean", "reward", ".3f"),
     Column("verdict/correct", "correct%", ".1f", 100.0),
-    Column("eval/*greedy", "greedy%", ".1f", 100.0),
-    Column("eval/*avg@*[0-9]", "avg@k%", ".1f", 100.0),
+    Column("eval/greedy|eval/*greedy", "greedy%", ".1f", 100.0),
+    Column("eval/avg@*[0-9]|eval/*avg@*[0-9]", "avg@k%", ".1f", 100.0),
     Column("rollout/response_length", "length", ".1f"),
     Column("rollout/truncated", "trunc%", ".1f", 100.0),
     Column("policy/entropy", "entropy", ".3f"),
@@ -119,7 +119,7 @@ class MetricsWriter:
             )
         given = {key: value for key, value in metrics.items() if value is not None}
         row = _plain({self.unit: iteration, "time/clock": time.time(), **given})
-        self._file.write(_encode(row))
+        self._file.write(encode_line(row))
         self._file.flush()
         os.fsync(self._file.fileno())
         self._last = iteration
@@ -162,13 +162,13 @@ def write_lines(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".partial")
     with open(temporary, "wb") as file:
-        file.writelines(_encode(row) for row in rows)
+        file.writelines(encode_line(row) for row in rows)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def _encode(row: dict) -> bytes:
+def encode_line(row: dict) -> bytes:
     """One line of JSON, valid for any text and number."""
     line = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False) + "\n"
     # A model can emit half a surrogate pair, which UTF-8 cannot hold; escaped, it is JSON's own spelling of it.

@@ -6,7 +6,7 @@ from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
 from dgpo_jax.models.parameters import parameter_count
 from dgpo_jax.recipe import PRESETS, ignored, method_settings, preset_choices
-from dgpo_jax.session import say
+from dgpo_jax.session import say, say_prompt
 
 
 def print_plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, object]) -> None:
@@ -20,10 +20,7 @@ def print_plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, ob
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         say(f"  {name:<{width}}  {value}")
-    problem = parts.stream.take(0, 1)[0]
-    judged = f"answer {problem.answer!r}" if problem.checker == "math" else f"judged as {problem.checker}"
-    say(f"first prompt, {judged}:")
-    say("  | " + parts.template.render(problem.problem, parts.tokenizer).rstrip("\n").replace("\n", "\n  | "))
+    say_prompt(parts.stream.take(0, 1)[0], parts.template, parts.tokenizer)
 
 
 def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[str, str]]:
@@ -36,13 +33,14 @@ def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[
     mesh = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     dropped = f", {parts.dropped} dropped as longer than {rollout.max_prompt} tokens" if parts.dropped else ""
     benchmarks = "".join(f", {len(problems)} of {name}" for name, problems in parts.benchmarks.items())
+    too_long = "".join(f", {count} of {name} too long to be asked: they count as wrong" for name, count in parts.unasked.items())
     turns = f", {rollout.responses} at a time" if rollout.responses else ""
     device = parts.mesh.devices.flat[0]
     return [
         ("devices", f"{parts.mesh.size} x {device.device_kind} ({mesh})"),
         ("model", f"{weights / 1e6:.1f} M parameters, {model.layers} layers of width {model.width},"
                   f" computing in {parts.model.compute_dtype.name}"),
-        ("problems", f"{len(parts.stream.problems)} to learn from{dropped}, {len(parts.held_out)} held out{benchmarks}"),
+        ("problems", f"{len(parts.stream.problems)} to learn from{dropped}, {len(parts.held_out)} held out{benchmarks}{too_long}"),
         ("method", f"{config.loss.method} ({settings})" if settings else config.loss.method),
         ("recipe", recipe_line(config)),
         ("a reward", config.reward.functions),

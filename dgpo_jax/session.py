@@ -13,6 +13,8 @@ import jax
 
 from dgpo_jax.config import Config, NoOptions, default_workdir, fixed_settings, flatten, parse_command, to_json
 from dgpo_jax.data.problems import fingerprint
+from dgpo_jax.data.prompts import Template
+from dgpo_jax.data.tokenizers import Tokenizer
 from dgpo_jax.files import write_whole
 from dgpo_jax.types import Problem
 
@@ -44,7 +46,7 @@ def run_command(program: str, description: str, story: Callable[..., object], op
             print("DGPO_JAX_TRACEBACK=1 shows where this came from", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print("\ninterrupted; the same command goes on from what is on the disk", file=sys.stderr)
         raise SystemExit(130) from None
 
 
@@ -113,6 +115,13 @@ def refuse_changes(config: Config, record: Path) -> None:
 def say(text: str) -> None:
     """A line of the story, for the person watching."""
     print(text, flush=True)
+
+
+def say_prompt(problem: Problem, template: Template, tokenizer: Tokenizer) -> None:
+    """A problem as the model sees it, to the letter."""
+    judged = f"answer {problem.answer!r}" if problem.checker == "math" else f"judged as {problem.checker}"
+    say(f"first prompt, {judged}:")
+    say("  | " + template.render(problem.problem, tokenizer).rstrip("\n").replace("\n", "\n  | "))
 
 
 class Stopwatch:

@@ -68,7 +68,7 @@ def graded(pool, program, tests=DOUBLES):
     ("```\na\n```\n```\nb\n```", "b\n"),
     ("```bash\nls\n```", None),
     ("```bash\nls\n```\n```python\na\n```", "a\n"),  # the end of another block is not the start of one
-    ("1. so:\n   ```python\n   a\n   ```", "   a\n"),
+    ("1. so:\n   ```python\n   a\n   ```", "a\n"),
     ("```python\na\n```\n```python\nb", "a\n"),  # cut off in the middle: not an answer
     ("```python\na", None),
     ("```python\n\n```", None),
@@ -527,3 +527,19 @@ def test_a_careless_teacher_forgets_the_block_or_means_another_number():
 
 def function_of(problem):
     return re.search(r"def (\w+)\(", problem.solution)[1]
+
+
+def test_a_block_in_an_item_of_a_list_loses_the_indentation_of_its_fence():
+    response = "- so\n  ```python\n  for x in range(2):\n      print(x)\n\n  ```\n"
+    assert find_program(response) == "for x in range(2):\n    print(x)\n\n"
+
+
+def test_a_block_that_was_never_closed_ends_where_the_next_begins():
+    assert find_program("```python\nbad\n\n```python\ngood\n```") == "good\n"
+
+
+def test_a_program_that_closes_its_output_has_written_it():
+    tests = json.dumps({"inputs": [""], "outputs": ["7"]})
+    with CodePool(1, "rlimits") as pool:
+        (verdict,) = pool.score([(tests, "```python\nimport sys\nprint(7)\nsys.stdout.close()\n```")])
+    assert verdict.correct

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from dgpo_jax import build
 from dgpo_jax.config import (
     CheckpointConfig,
     CodeConfig,
@@ -267,6 +268,12 @@ def test_a_setting_that_breaks_its_rule_is_refused_with_value_and_fix(section, n
     assert expected in message and "\n" not in message
 
 
+@pytest.mark.parametrize("above, below", [(0.9, 0.1), (0.5, 0.5), (1.0, None), (None, 0.0)])
+def test_bounds_that_no_pass_rate_fits_between_are_refused(above, below):
+    with pytest.raises(ValueError, match=r"prepare.pass_above, prepare.pass_below is \(.*raise the second"):
+        PrepareConfig(pass_above=above, pass_below=below)
+
+
 def test_an_evaluation_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"eval\.greedy is False, but with eval.samples at 0 nothing would be evaluated"):
         EvalConfig(samples=0, greedy=False)
@@ -389,10 +396,9 @@ def test_a_setting_of_the_run_that_breaks_its_rule_is_refused(setting, value, ex
 
 def test_a_packed_row_must_hold_the_longest_prompt_and_response():
     rollout = RolloutConfig(max_prompt=64, max_response=32)
-    fits = Config(rollout=rollout, update=UpdateConfig(tokens_per_row=96, tokens_per_device=96))
-    assert fits.update.tokens_per_row == 64 + 32
+    build.check_row_length(Config(rollout=rollout, update=UpdateConfig(tokens_per_row=96, tokens_per_device=96)))
     with pytest.raises(ValueError, match=r"update.tokens_per_row is 95, .* 96 tokens .* at least 96"):
-        Config(rollout=rollout, update=UpdateConfig(tokens_per_row=95, tokens_per_device=95))
+        build.check_row_length(Config(rollout=rollout, update=UpdateConfig(tokens_per_row=95, tokens_per_device=95)))
 
 
 def test_updates_must_divide_the_prompts():

@@ -37,6 +37,7 @@ def test_a_sum_of_functions_is_read_with_its_weights(text, expected):
     ("0.1 think", "'0.1 think' is no term"),
     ("answer + answer", "'answer' is there twice"),
     ("__import__('os')", "there must be"),
+    ("1e400 * answer", "1e400 is beyond float32"),
 ])  # fmt: skip
 def test_what_is_no_such_sum_is_refused_with_what_was_read(text, complaint):
     with pytest.raises(ValueError, match=r"reward\.functions is") as error:
@@ -69,7 +70,7 @@ def test_a_users_function_sees_the_sample_and_is_weighed(tmp_path, monkeypatch):
     assert total(formula, values).tolist() == [8, 6] and total(formula, values).dtype == np.float32
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "1", [1.0]])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, 1j, None, "1", [1.0]])
 def test_a_function_that_returns_no_finite_number_ends_the_run_with_its_name(value):
     with pytest.raises(ValueError, match=r"reward function mine on a response to problem p1 returned .*; it must return a finite"):
         values_of({"mine": lambda sample: value}, [sample()])

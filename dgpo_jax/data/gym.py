@@ -22,6 +22,7 @@ from dgpo_jax.types import Problem
 TEST_SHARE = 8  # one in so many questions belongs to the held-out split
 TRIES = {"train": 16, "test": 160}  # items looked at for one problem; one in 10 ** 9 fails by chance
 PROBED = 8  # problems made twice, before the run starts, to see that they stay the same
+ELSEWHERE_S = 300  # for another process to make a few items, imports included
 NONSENSE = "no answer"
 OURS = {"seed": "seed", "size": "data.size"}  # settings that every set has, and the run's settings that they come from
 TYPE = "python type"  # marks, in JSON, what JSON itself does not know; see `pack`
@@ -136,7 +137,10 @@ class Puzzles:
         paths = [_PACKAGE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
         command = [sys.executable, "-c", script, arguments]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=ELSEWHERE_S)
+        except subprocess.TimeoutExpired:
+            raise ValueError(f"gym:{self.name}: making a few items took more than {ELSEWHERE_S} s; use another set.") from None
         if done.returncode:
             last = (done.stderr.split("\n")[-2:-1] or ["no word"])[0]
             raise ValueError(f"gym:{self.name}: another process cannot make its items ({last}); use another set.")

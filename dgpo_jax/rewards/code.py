@@ -33,24 +33,25 @@ _CLOSED = "CodePool: closed before this program was tested."
 def find_program(response):
     """The last fenced block marked as Python, else the last one with no mark, else None.
 
-    Only text after the last </think> counts, only blocks that were closed, and only the last extract.TEXT_CAP characters.
+    Only text after the last </think> counts, only blocks that were closed, and only the last extract.TEXT_CAP characters. A
+    block in an item of a list is indented as its fence is, and one that was never closed ends where the next begins.
     """
     text = after_thinking(response)
     if text is None:
         return None
     found = {}  # True = marked as Python
-    language, start, place = None, 0, max(0, len(text) - TEXT_CAP)
+    language, indent, block = None, 0, []  # of the block that is open
     for line in text[-TEXT_CAP:].split("\n"):
         mark = line.strip()
-        if mark.startswith("```"):
-            if language is None:
-                words = mark[3:].lower().split()
-                language, start = words[0] if words else "", place + len(line) + 1
-            elif mark == "```":
-                if language in (*LANGUAGES, "") and text[start:place].strip():
-                    found[language in LANGUAGES] = text[start:place]
-                language = None
-        place += len(line) + 1
+        if mark == "```" and language is not None:
+            if language in (*LANGUAGES, "") and any(map(str.strip, block)):
+                found[language in LANGUAGES] = "".join(f"{kept}\n" for kept in block)
+            language = None
+        elif mark.startswith("```"):
+            words = mark[3:].lower().split()
+            language, indent, block = words[0] if words else "", len(line) - len(line.lstrip()), []
+        elif language is not None:
+            block.append(line[min(indent, len(line) - len(line.lstrip(" "))) :])
     return found.get(True, found.get(False))
 
 
@@ -187,6 +188,8 @@ class _Tester(threading.Thread):
 
     def _judge(self, tests, program):
         shown = program[:EXTRACTED_CAP]
+        if self.stopping:
+            raise RuntimeError(_CLOSED)
         for attempt in range(TRIES):
             try:
                 status, share = self._test(tests, program)

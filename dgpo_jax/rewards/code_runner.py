@@ -148,7 +148,8 @@ def _exit_status(action):
             others[0].join()
         if "atexit" in sys.modules:
             sys.modules["atexit"]._run_exitfuncs()
-        sys.stdout.flush()
+        if not sys.stdout.closed:
+            sys.stdout.flush()
         return status & 0xFF
     except BaseException:  # the program's, whatever it was: this test case has failed, and nobody reads why
         return 1

@@ -12,7 +12,6 @@ depend on nothing else, or a run that is killed and goes on will not repeat itse
 
 import difflib
 import importlib
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +21,7 @@ import numpy as np
 
 from dgpo_jax.types import Problem, Verdict
 
+LARGEST = float(np.finfo(np.float32).max)
 NGRAM = 20  # words: so many in a row, seen before in the same response, count as repeated
 
 
@@ -89,7 +89,10 @@ def parse_formula(text: str) -> list[Term]:
             raise ValueError(
                 f"reward.functions is {text!r}, but {rest[:40]!r} is no term; write 'answer + 0.1 * think - my_rewards:length'."
             )
-        terms.append(Term(match["name"], sign * float(match["weight"] or 1)))
+        weight = float(match["weight"] or 1)
+        if weight > LARGEST:
+            raise ValueError(f"reward.functions is {text!r}, but the weight {match['weight']} is beyond float32; lower it.")
+        terms.append(Term(match["name"], sign * weight))
         rest = rest[match.end() :]
         if not rest:
             break
@@ -147,7 +150,7 @@ def _call(name, function, sample):
         value = function(sample)
     except Exception as error:
         raise ValueError(f"{about} raised {type(error).__name__}: {error}; mend it, the same command goes on.") from error
-    if isinstance(value, (bool, int, float, np.number, np.bool_)) and math.isfinite(value):
+    if isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_)) and abs(value) <= LARGEST:  # NaN is not
         return float(value)
     raise ValueError(f"{about} returned {value!r}; it must return a finite number.")
 

@@ -20,10 +20,12 @@ reward.extract.
     WORKDIR/regrade.md                     what --regrade changed
 """
 
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from dgpo_jax.build import Actor, build_actor, build_checkers, make_decode_params
@@ -33,14 +35,17 @@ from dgpo_jax.evaluation.differences import Change, Disagreement, disagreement_r
 from dgpo_jax.evaluation.generations import count_done, read_generations, rewrite
 from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, Judged, judge
 from dgpo_jax.evaluation.protocol import Asked, Weights
-from dgpo_jax.evaluation.report import Scored, score_line, score_set, score_table, to_json, to_markdown
+from dgpo_jax.evaluation.report import Scored, count_of, score_line, score_set, score_table, to_json, to_markdown
 from dgpo_jax.evaluation.sampling import generate_set, make_rounds
 from dgpo_jax.files import alone_in, write_whole
 from dgpo_jax.metrics import progress
+from dgpo_jax.rewarding import graded
 from dgpo_jax.rewards import math_verify
 from dgpo_jax.rewards.checkers import Checkers
-from dgpo_jax.session import run_command, say
+from dgpo_jax.session import run_command, say, say_prompt
+from dgpo_jax.types import Problem
 
+BEFORE = ".before"  # ends the name of a file with the verdicts from before a regrade; it is there until that is done
 Responses = dict[str, dict[str, Sequence[Answered]]]  # set -> GREEDY, SAMPLES -> its problems
 
 
@@ -72,6 +77,7 @@ def evaluate(config: Config, workdir: Path | None, options: Options) -> list[Sco
             f"{workdir} holds no responses to judge; give the --workdir of an evaluation, or leave out --regrade."
         )
     print_plan(config, weights, sets, workdir)
+    say_prompt(sets[0].problems[0], actor.template, actor.tokenizer)
 
     with (
         alone_in(workdir),
@@ -87,7 +93,7 @@ def evaluate(config: Config, workdir: Path | None, options: Options) -> list[Sco
             responses = answer_all(workdir, config, actor, weights, sets, checkers)
 
         # Act 3, the report.
-        scored = [score_set(one.name, responses[one.name], one.unasked) for one in sets if one.name in responses]
+        scored = [score(config, one, responses[one.name]) for one in sets if one.name in responses]
         if len(scored) < len(sets):
             say("the evaluation is not finished: the same command without --regrade goes on")
             return []
@@ -107,7 +113,7 @@ def print_plan(config: Config, weights: Weights, sets: Sequence[Asked], workdir:
     if settings.samples:
         ways.append(f"{settings.samples} samples at temperature {settings.temperature:g}, top-p {settings.top_p:g}")
     say(f"weights        {weights.name}")
-    say(f"sets           {', '.join(f'{one.name} ({one.size})' for one in sets)}")
+    say(f"sets           {', '.join(f'{one.name} ({count_of(one.size, one.whole)})' for one in sets)}")
     say(f"responses      {' and '.join(ways)}, up to {settings.max_response or config.rollout.max_response} tokens")
     say(f"workdir        {workdir}")
     for one in sets:
@@ -118,10 +124,16 @@ def print_plan(config: Config, weights: Weights, sets: Sequence[Asked], workdir:
 
 def check_golds(checkers: Checkers, sets: Sequence[Asked]) -> list[str]:
     """Warns of reference answers that the checker cannot match with themselves; returns the ids of their problems."""
-    bad = checkers.check_golds(problem for one in sets for problem in one.problems)
-    if bad:
-        say(f"warning: {len(bad)} reference answers cannot be checked, such as {bad[0].answer!r} of {bad[0].id}")
-    return [problem.id for problem in bad]
+    flaws = checkers.check_golds(problem for one in sets for problem in one.problems)
+    if flaws:
+        problem, why = next(iter(flaws.items()))
+        say(f"warning: {len(flaws)} reference answers cannot be checked, such as that of {problem}: {why}")
+    return list(flaws)
+
+
+def score(config: Config, asked: Asked, rounds: dict[str, Sequence[Answered]]) -> Scored:
+    """The figures of one set."""
+    return score_set(asked.name, rounds, asked.unasked, asked.whole, partial(graded, config))
 
 
 def answer_all(
@@ -141,7 +153,7 @@ def answer_all(
                     path, settings, params, one.problems, checkers, config.seed, advance
                 )
         seconds = time.perf_counter() - began
-        say(score_line(score_set(one.name, responses[one.name], one.unasked), seconds))
+        say(score_line(score(config, one, responses[one.name]), seconds))
     return responses
 
 
@@ -152,26 +164,52 @@ def generations_path(workdir: Path, name: str, way: str) -> Path:
 
 def regrade(workdir: Path, config: Config, sets: Sequence[Asked], checkers: Checkers, protocol: dict) -> Responses:
     """Judges what the workdir holds again, and writes it and regrade.md. Returns the sets that are complete."""
-    was = protocols.read_protocol(workdir)["grading"]
+    old = protocols.read_protocol(workdir)
+    was = old.get("graded_before", old["grading"])  # of before a regrade that was killed, if one was
+    if "graded_before" not in old:
+        discard_verdicts(workdir)  # of a regrade that was killed when all was done but this
     ways = [GREEDY] * config.eval.greedy + [SAMPLES] * (config.eval.samples > 0)
     before, after, changes = {}, {}, []
     for one in sets:
-        paths = {way: generations_path(workdir, one.name, way) for way in ways}
-        found = {way: read_generations(path, one.problems) if path.exists() else [] for way, path in paths.items()}
-        before[one.name] = found
-        after[one.name] = {way: judge_again(checkers, done) for way, done in found.items()}
+        before[one.name] = {way: read_before(generations_path(workdir, one.name, way), one.problems) for way in ways}
+        after[one.name] = {way: judge_again(checkers, done) for way, done in before[one.name].items()}
         changes += find_changes(one.name, before[one.name], after[one.name])
     finished = [one for one in sets if all(len(done) == len(one.problems) for done in after[one.name].values())]
-    scored = [[score_set(one.name, judged[one.name], one.unasked) for one in finished] for judged in (before, after)]
+    now = partial(score, config)
+    then = partial(score, replace(config, code=replace(config.code, grade=was.get("grade", config.code.grade))))
+    scored = [[of(one, judged[one.name]) for one in finished] for of, judged in ((then, before), (now, after))]
     write_whole(workdir / "regrade.md", regrade_report(changes, *scored, was, protocol["grading"]))
+    if "graded_before" not in old:
+        keep_verdicts(workdir)
     # Killed from here on, the verdicts are of two kinds: nothing but another --regrade goes on with them.
-    protocols.write_protocol(workdir, protocol | {"grading": protocol["grading"] | {"regrade": "not finished"}})
+    unfinished = {"grading": protocol["grading"] | {"regrade": "not finished"}, "graded_before": was}
+    protocols.write_protocol(workdir, protocol | unfinished)
     for name, found in after.items():
         for way, done in found.items():
             rewrite(generations_path(workdir, name, way), done)
     protocols.write_protocol(workdir, protocol)
+    discard_verdicts(workdir)
     say(f"{len(changes)} responses are judged differently: {workdir}/regrade.md")
     return {one.name: after[one.name] for one in finished}
+
+
+def read_before(path: Path, problems: Sequence[Problem]) -> list[Answered]:
+    """The responses of a file with the verdicts that they had before a regrade, also one that was killed."""
+    kept = path.with_name(path.name + BEFORE)
+    path = kept if kept.exists() else path
+    return read_generations(path, problems) if path.exists() else []
+
+
+def keep_verdicts(workdir: Path) -> None:
+    """Copies every file of responses."""
+    for path in (workdir / "generations").glob("*.jsonl"):
+        shutil.copyfile(path, path.with_name(path.name + BEFORE))  # one torn by a kill is copied again
+
+
+def discard_verdicts(workdir: Path) -> None:
+    """Deletes the copies."""
+    for path in (workdir / "generations").glob(f"*.jsonl{BEFORE}"):
+        path.unlink()
 
 
 def judge_again(checkers: Checkers, done: Sequence[Answered]) -> list[Answered]:

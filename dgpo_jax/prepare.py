@@ -14,6 +14,7 @@ Killed at any moment, the same command goes on; run twice, it gives the same fil
     prepared.samples/           the model's responses (another place with --workdir)
 """
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,9 +34,10 @@ from dgpo_jax.evaluation.sampling import generate_set, make_round
 from dgpo_jax.files import alone_in
 from dgpo_jax.metrics import progress, write_lines
 from dgpo_jax.models import resolve_folder
-from dgpo_jax.preparation.report import make_report, write_report
+from dgpo_jax.preparation.report import NOT_COMPARED, make_report, write_report
 from dgpo_jax.preparation.steps import Step, decontaminate, deduplicate, drop_long, drop_unparsable, keep_between
-from dgpo_jax.session import run_command, say
+from dgpo_jax.rewarding import graded
+from dgpo_jax.session import run_command, say, say_prompt
 from dgpo_jax.types import Problem
 
 
@@ -63,6 +65,10 @@ def prepare(config: Config, workdir: Path | None, options: Options) -> dict:
     benchmarks = {name: load(config.data, source, config.seed) for name, source in parse_sets(config.prepare.against)}
     source = load(config.data, config.data.train, config.seed)
     say(f"{config.data.train}: {len(source)} problems")
+    if asker:
+        say_prompt(source[0], template, tokenizer)
+    if not benchmarks:
+        say(f"  {NOT_COMPARED}")
 
     # Act 2, the steps, the cheapest first: what one drops the next need not look at.
     problems: Sequence[Problem] = source
@@ -92,7 +98,8 @@ def prepare(config: Config, workdir: Path | None, options: Options) -> dict:
         bounds = config.prepare.pass_above, config.prepare.pass_below
         problems = take(keep_between(problems, rates, *bounds, config.eval.samples))
 
-    # Act 3, files: the report first, so that an output always has one.
+    # Act 3, files: the report first, so that an output always has one, and never that of another.
+    output.unlink(missing_ok=True)
     report = make_report(describe_settings(config, measured), config.data.train, source, problems, steps)
     paths = write_report(output, report, steps)
     if not problems:
@@ -102,7 +109,17 @@ def prepare(config: Config, workdir: Path | None, options: Options) -> dict:
     rates_written = [{"pass_rate": rate_of[problem.id]} if rate_of else {} for problem in problems]
     write_lines(output, [problem._asdict() | rate for problem, rate in zip(problems, rates_written, strict=True)])
     say(f"problems     {output}\nreport       {paths['report.md']}\ndropped      {paths['dropped.jsonl']}")
+    say(f"to train     python -m dgpo_jax.train --config=... {' '.join(train_flags(config, output))}")
     return report
+
+
+def train_flags(config: Config, output: Path) -> list[str]:
+    """What to add to a training command: the output has our own names of fields, whatever those of the source were."""
+    flags = [f"--config.data.train={shlex.quote(str(output))}"]
+    for name in ("problem", "answer"):
+        if getattr(config.data, f"{name}_field") != name:
+            flags.append(f"--config.data.{name}_field={name}")
+    return flags
 
 
 class Asker(NamedTuple):
@@ -170,12 +187,13 @@ def measure_pass_rates(
     """
     config = replace(config, eval=replace(config.eval, greedy=False))
     actor, weights = asker
-    asked = Asked("train", config.data.train, problems, 0, fingerprint(problems)[:16])
+    asked = Asked("train", config.data.train, problems, 0, fingerprint(problems)[:16], len(problems))
     asking = protocols.describe_asking(config, actor, weights, [asked])
-    asking["graded by"] = protocols.describe_grading(config, [asked])  # another grader is another rate
+    grading = protocols.describe_grading(config, [asked])  # another grader is another rate
+    way_on = f"go back to that grading, or give another --workdir (or delete {workdir}), to sample and judge anew"
     path = workdir / "generations" / "train.jsonl"
     with alone_in(workdir):
-        protocols.claim(workdir, weights.name, asking, {})
+        protocols.claim(workdir, weights.name, asking, grading, way_on=way_on)
         params = None
         if count_done(path) < len(problems):  # else other bounds are tried on what there is, without weights
             params = make_decode_params(actor)(weights.load(config, actor))
@@ -183,11 +201,8 @@ def measure_pass_rates(
         with build_checkers(config, problems) as checkers, progress("measuring pass rates", len(problems)) as advance:
             done = generate_set(path, way, params, problems, checkers, config.seed, advance)
 
-    def worth(problem, verdict):
-        return float(verdict.correct) if problem.checker == "code" and config.code.grade == "hard" else verdict.score
-
-    rates = [float(np.mean([worth(problem, one.verdict) for one in responses])) for problem, responses in done]
-    return rates, {"by": weights.name} | asking
+    rates = [float(np.mean([graded(config, one.verdict) for one in responses])) for _, responses in done]
+    return rates, {"by": weights.name} | asking | {"graded by": grading}
 
 
 def describe_settings(config: Config, measured: dict) -> dict:

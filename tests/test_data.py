@@ -141,13 +141,13 @@ def test_an_id_that_two_sources_share_is_refused_with_both(tmp_path):
 def test_a_fingerprint_changes_with_what_a_score_depends_on_and_with_nothing_else():
     problem = Problem("1", "2 + 2?", "4", "s", tests="[]")
     ours = fingerprint([problem, problem._replace(id="2")])
-    same = [problem._replace(source="t", solution="w", tolerance=0.1), problem._replace(id="2")]
+    same = [problem._replace(source="t", solution="w"), problem._replace(id="2")]
     assert fingerprint(same) == ours and len(ours) == 64
-    for field in ("id", "problem", "answer", "tests"):
-        assert fingerprint([problem._replace(**{field: "x"}), problem._replace(id="2")]) != ours
+    for change in ({"id": "x"}, {"problem": "x"}, {"answer": "x"}, {"tests": "x"}, {"checker": "code"}, {"tolerance": 0.1}):
+        assert fingerprint([problem._replace(**change), problem._replace(id="2")]) != ours
     assert fingerprint([problem]) != ours != fingerprint([problem._replace(id="2"), problem])
-    # sha256 of the line ["1", "2 + 2?", "4", "[]"], by hand with sha256sum
-    assert fingerprint([problem]) == "1c7b47e0c381f14446aab134c0e6430a8c517a582be503a8cb35cbb5ef569cd9"
+    # sha256 of the line ["1", "2 + 2?", "4", "[]", "math", 1e-06], by hand with sha256sum
+    assert fingerprint([problem]) == "59bc6b72f3d8fbb6663640d8fe39d998e02d4d3f7068721ea94f1c5dc1983420"
 
 
 def test_json_lines_are_read_with_defaults_for_what_is_optional(tmp_path):

@@ -113,6 +113,16 @@ def winning_chance(votes):
     return 1 / counts.count(max(counts)) if right and right == max(counts) else 0.0
 
 
+@pytest.mark.parametrize("right, wrong, expected", [
+    (700, 700, 0.5),  # nothing tells the two answers apart
+    (1, 1399, 0.0),
+    (1399, 1, 1.0),
+])  # fmt: skip
+def test_the_majority_of_more_votes_than_a_float_can_count_choices_of(right, wrong, expected):
+    row = np.array([[RIGHT] * right + [1] * wrong])  # C(1400, 700) has 420 digits, a float ends at 308
+    assert majority_at(row, 700).value == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("row, k, expected", [
     ([RIGHT, RIGHT, 1, 1, 2, NO_VOTE], 6, 1 / 2),  # two answers with two votes each
     ([RIGHT, RIGHT, 1, 1, 2, 2], 6, 1 / 3),

@@ -14,18 +14,22 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import sympy
 from jax.experimental.compilation_cache import compilation_cache
 
 from dgpo_jax import evaluate as story
 from dgpo_jax.build import build_checkers, build_params, build_parts, fresh_state, make_decode_params
 from dgpo_jax.checkpoint import Checkpoints
-from dgpo_jax.config import load
+from dgpo_jax.config import load, to_json
 from dgpo_jax.evaluate import Options, evaluate
 from dgpo_jax.evaluation import protocol as protocols
+from dgpo_jax.evaluation.estimators import NO_VOTE
 from dgpo_jax.evaluation.generations import read_generations, rewrite
 from dgpo_jax.evaluation.in_training import make_evaluation
+from dgpo_jax.evaluation.judging import Answered, Judged
 from dgpo_jax.files import alone_in
 from dgpo_jax.rewards import math_verify
+from dgpo_jax.types import Problem, Verdict
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBLEMS = 40
@@ -155,10 +159,48 @@ def test_training_and_the_command_report_the_same(undisturbed):
     assert texts == [one["text"] for row in kept for one in row["responses"]]
 
 
+def test_problems_that_are_too_long_count_as_wrong_in_training_too():
+    settings = [
+        "--config.rollout.max_prompt=21", "--config.eval.problems=12", "--config.eval.samples=1", "--config.data.too_long=drop",
+        "--config.eval.sets=again=generated:arithmetic/test", "--config.data.train=generated:arithmetic/test",
+    ]  # fmt: skip
+    config = load([*SETTINGS, *settings])
+    parts = build_parts(config)
+    asked = len(parts.held_out)
+    assert 0 < asked < 12 and parts.unasked == {"held_out": 12 - asked, "again": 12 - asked}
+
+    class AllRight:
+        def submit(self, problem, response):
+            return Verdict("correct", problem.answer)
+
+        def gather(self, tickets):
+            return tickets
+
+    params = make_decode_params(parts)(build_params(config, parts))
+    metrics, _ = make_evaluation(config, parts, AllRight())(params)
+    for prefix in ("eval", "eval/again"):
+        for key in ("greedy", "avg@1", "pass@1", "maj@1"):
+            assert metrics[f"{prefix}/{key}"] == pytest.approx(asked / 12)
+
+
+def test_a_reference_answer_that_nobody_can_match_is_named_and_no_obstacle(tmp_path, capsys):
+    rows = [{"id": "odd", "problem": "1 + 1 = ?", "answer": "np.arcsin(10/13)"}, {"problem": "1 + 2 = ?", "answer": "3"}]
+    (tmp_path / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run(tmp_path / "work", f"--config.eval.sets=odd={tmp_path}/odd.jsonl", "--config.eval.samples=0")
+    said = capsys.readouterr().out
+    assert "warning: 1 reference answers cannot be checked, such as that of odd: " in said
+    assert "first prompt, answer 'np.arcsin(10/13)':\n  | 1 + 1 = ?" in said
+    assert json.loads((tmp_path / "work/results.json").read_text())["answers_that_do_not_equal_themselves"] == ["odd"]
+
+
 def test_another_protocol_is_refused_with_what_differs(undisturbed):
     before = contents(undisturbed)
     with pytest.raises(ValueError, match=r"temperature was 1\.0 and is 0\.5; use another --workdir"):
         run(undisturbed, "--config.eval.temperature=0.5")
+    with pytest.raises(ValueError, match=r"model\.rope_theta was 10000\.0 and is 500\.0"):
+        run(undisturbed, "--config.model.rope_theta=500")
+    with pytest.raises(ValueError, match=r"memory_mb was 2048 and is 1024; add --regrade"):
+        run(undisturbed, "--config.reward.memory_mb=1024")
     with pytest.raises(ValueError, match=r"sets\.sums\.problems was 40 and is 9"):
         run(undisturbed, "--config.eval.problems=9")
     with pytest.raises(ValueError, match="extract was 'last' and is 'boxed'; add --regrade"):
@@ -176,11 +218,13 @@ def test_the_default_workdir_follows_what_is_asked_and_not_how_it_is_judged():
 
     plain = name()
     assert str(plain).startswith("evals/tiny-") and name() == plain
-    for same in ("--config.reward.extract=boxed", "--config.eval.responses=8", "--config.optimizer.learning_rate=1.0"):
+    for same in ("--config.reward.extract=boxed", "--config.eval.responses=8", "--config.optimizer.learning_rate=1.0",
+                 "--config.model.remat=full", "--config.model.attention=plain"):  # fmt: skip
         assert name(same) == plain
     for other in (
         "--config.seed=1", "--config.eval.samples=4", "--config.eval.greedy=False", "--config.rollout.top_k=5",
         "--config.data.instruction=please", "--config.eval.max_response=5", "--config.model.width=16",
+        "--config.model.rope_theta=500", "--config.model.norm_eps=1e-5", "--config.model.initializer_std=0.2",
         "--config.eval.sets=other=generated:arithmetic/test",
     ):  # fmt: skip
         assert name(other) != plain
@@ -232,13 +276,58 @@ def test_a_regrade_that_was_killed_has_to_be_finished(copy, undisturbed, monkeyp
     assert contents(copy) == contents(undisturbed)
 
 
+def test_a_regrade_that_was_killed_and_repeated_lists_all_that_changed(copy, tmp_path, monkeypatch):
+    boxed, whole = "--config.reward.extract=boxed", shutil.copytree(copy, tmp_path / "whole")
+    run(whole, boxed, regrade=True)
+    calls = []
+
+    def die(path, done):
+        calls.append(path.name)
+        rewrite(path, done)
+        if len(calls) in (2, 3):  # after the last file, and again after the first
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(story, "rewrite", die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(copy, boxed, regrade=True)
+    run(copy, boxed, regrade=True)
+    assert (copy / "regrade.md").read_bytes() == (whole / "regrade.md").read_bytes()
+    assert contents(copy) == contents(whole)  # and no copy is left
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"asking": 1, "grading": {}, "sessions": []}'])
+def test_a_damaged_protocol_is_named_with_a_way_on(copy, text):
+    (copy / "protocol.json").write_text(text)
+    with pytest.raises(ValueError, match=r"copy/protocol\.json is damaged .*another --workdir"):
+        run(copy)
+
+
+def test_the_protocol_says_how_programs_are_judged_and_by_which_sympy(undisturbed):
+    sessions = json.loads((undisturbed / "protocol.json").read_text())["sessions"]
+    assert [session["sympy"] for session in sessions] == [sympy.__version__]
+    problem = Problem("p", "?", "", "s", checker="code", tests="[]")
+    config = load([*SETTINGS, "--config.code.grade=hard"])
+    grading = protocols.describe_grading(config, [protocols.Asked("one", "s", [problem], 0, "", 1)])
+    assert grading["grade"] == "hard" and grading["sandbox"] == config.code.sandbox and "deadline_s" not in grading
+
+
+@pytest.mark.parametrize("grade, expected", [("soft", 0.5), ("hard", 0.0)])
+def test_programs_are_scored_by_the_grade_that_is_set(grade, expected):
+    problem = Problem("p", "?", "", "s", checker="code", tests="[]")
+    done = [Answered(problem, [Judged("x", Verdict("wrong", "x", 0.5), NO_VOTE, 1, False)])]
+    config = load([*SETTINGS, f"--config.code.grade={grade}"])
+    one = story.score(config, protocols.Asked("one", "s", [problem], 0, "", 1), {"samples": done})
+    assert one.scores["avg@1"].value == expected and one.scores["pass@1"].value == 0.0
+
+
 def test_regrading_nothing_is_refused_and_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="holds no responses to judge"):
         run(tmp_path / "nothing", regrade=True)
     assert not (tmp_path / "nothing").exists()
 
 
-def test_a_checkpoint_brings_its_weights(tmp_path):
+def test_a_checkpoint_brings_its_weights(tmp_path, capsys):
     config = load([*SETTINGS, "--config.eval.problems=8", "--config.eval.samples=0"])
     parts = build_parts(config)
     with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
@@ -263,6 +352,13 @@ def test_a_checkpoint_brings_its_weights(tmp_path):
     ]
     assert said["newest"] != said["third"] != said["random"] != said["newest"]
     assert "iteration 000004" in (tmp_path / "newest/results.md").read_text()
+    (tmp_path / "run/config.json").write_text(to_json(config))
+    few = ["--config.eval.problems=8", "--config.eval.samples=0"]
+    with pytest.raises(ValueError, match=r"run/config\.json has another model: model\.rope_theta was 10000\.0 and is 500\.0"):
+        run(tmp_path / "other", *few, "--config.model.rope_theta=500", checkpoint=str(tmp_path / "run"))
+    assert "warning: the run" not in capsys.readouterr().out
+    run(tmp_path / "asked", *few, "--config.data.instruction=please", checkpoint=str(tmp_path / "run"))
+    assert "warning: the run had data.instruction '', here it is 'please'\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no finished checkpoint"):
         run(tmp_path / "none", checkpoint=str(tmp_path))
 

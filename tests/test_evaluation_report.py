@@ -7,6 +7,7 @@ import pytest
 
 from dgpo_jax.evaluation.differences import Change, Disagreement, disagreement_report, regrade_report
 from dgpo_jax.evaluation.estimators import NO_VOTE, RIGHT, Estimate
+from dgpo_jax.evaluation.in_training import name_figures, to_eval_rows
 from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, Judged
 from dgpo_jax.evaluation.protocol import differences
 from dgpo_jax.evaluation.report import (
@@ -38,9 +39,9 @@ SAID = {
 PROTOCOL = {
     "weights": "models/mine",
     "asking": {
-        "weights": "0123abcd", "template": "chat", "system": "", "max_prompt": 64, "samples": 2, "seed": 0,
+        "weights": "0123abcd", "model": {"layers": 2, "rope_theta": 1e4}, "template": "chat", "system": "", "max_prompt": 64, "samples": 2, "seed": 0,
         "example_prompt": "<user>```?```",
-        "sets": {"one": {"source": "a|b.jsonl", "problems": 4, "too_long": 0, "fingerprint": "ff00"}},
+        "sets": {"one": {"source": "a|b.jsonl", "problems": 4, "of": 9, "too_long": 0, "fingerprint": "ff00"}},
     },
     "grading": {"grader": "0.1.0+ab12cd34", "extract": "last"},
     "sessions": [{"date": "2026-01-02", "jax": "0.10"}],
@@ -84,6 +85,29 @@ def test_problems_that_were_not_asked_are_marked_and_counted():
     assert "| one* |        8 |" in text and "*one: 4 of 8 problems do not fit into 64 tokens." in text
 
 
+def test_the_first_problems_of_a_set_do_not_look_like_all_of_it():
+    part, all_of_it = score_set("part", SAID, unasked=1, whole=500), score_set("all", SAID, unasked=1, whole=5)
+    table = score_table([part, all_of_it])
+    assert "| part*        | 5 of 500 |" in table and "| all*         |        5 |" in table
+    assert score_line(part).startswith("part          5 of 500 problems: ")
+    text = to_markdown("mine", [part, all_of_it], PROTOCOL, [])
+    assert "part: the first 5 of 500 problems (eval.problems)" in text and "all: the first" not in text
+    sets = json.loads(to_json([part, all_of_it], PROTOCOL, []))["sets"]
+    assert (sets["part"]["of"], sets["all"]["of"]) == (500, 5)
+
+
+def test_a_program_that_passes_some_of_its_tests_is_not_solved():
+    half = Judged("def f(): ...", Verdict("wrong", "x", 0.5), NO_VOTE, 3, False)
+    done = [Answered(problem._replace(checker="code"), [half]) for problem in PROBLEMS]
+    one = score_set("code", {GREEDY: done, SAMPLES: done}, unasked=0)
+    assert one.scores["greedy"].value == 0.0  # solved or not, as every text about it says
+    assert one.scores["avg@1"].value == 0.5
+    found, label = name_figures(GREEDY, "eval", done)
+    assert (label, found["eval/greedy"]) == ("eval/greedy", 0.0)  # in training it is the same figure
+    hard = score_set("code", {SAMPLES: done}, unasked=0, grade=lambda verdict: float(verdict.correct))
+    assert hard.scores["avg@1"].value == 0.0  # code.grade=hard
+
+
 def test_the_table_is_markdown_that_lines_up():
     assert table([["set", "n", "score"], ["a|b", 10, "1\n2"]]) == (
         "| set  |  n | score |\n"
@@ -106,12 +130,17 @@ def test_the_report_states_the_protocol_and_the_prompt_to_the_letter():
     text = to_markdown("mine", [score_set("one", SAID, 0)], PROTOCOL, ["p3"])
     for part in (
         "Weights: models/mine.", "| grader ", "0.1.0+ab12cd34", "(fingerprint 0123abcd)",
-        "a\\|b.jsonl, 4 problems, fingerprint ff00",
+        "a\\|b.jsonl, 4 of 9 problems, fingerprint ff00", "layers 2, rope_theta 10000.0",
         "date 2026-01-02, jax 0.10", "````text\n<user>```?```\n````", "1 reference answers do not equal themselves",
         "| one | maj@k",
         "**best@k**", "no multiples of 1/30",
     ):  # fmt: skip
         assert part in text, part
+
+
+def test_in_training_a_response_has_a_score_and_no_reward():
+    rows = to_eval_rows("eval/avg@2", SAID[SAMPLES][:1])
+    assert [row["score"] for row in rows] == [1.0, 0.0] and "reward" not in rows[0]  # nothing is learned from it
 
 
 def test_results_can_be_read_by_a_program():

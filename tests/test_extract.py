@@ -15,6 +15,7 @@ from dgpo_jax.rewards.extract import TEXT_CAP, find_answer
     (r"\boxed{\{1, 2\}}", r"\{1, 2\}"),  # escaped braces do not count as nesting
     (r"\boxed{\boxed{7}}", r"\boxed{7}"),  # the outer one closes last
     (r"\fbox{7}", "7"),
+    (r"\boxed{5\\}", r"5\\"),  # the line's end does not escape the brace after it
     (r"\boxed {5}", "5"),
     (r"put it in \boxed at the end: \boxed{3}", "3"),  # the bare command is no answer
     ("} stray { braces } \\boxed{6} }}}", "6"),
@@ -64,6 +65,18 @@ def test_only_text_after_thinking_counts(response, expected):
     # what a mark leads to
     ("The answer is $5$ or $6$.", "marked", "$5$ or $6$"),  # a hedge stays a hedge
     ("The answer is $5$, $6$", "marked", "$5$, $6$"),
+    ("The answer is $5$ but possibly $6$", "marked", "$5$ but possibly $6$"),
+    ("The answer is $5$ (or $6$)", "marked", "$5$ (or $6$)"),
+    ("The answer is $5$ - $1$", "marked", "$5$ - $1$"),
+    ("The answer is $5$ + $6$", "marked", "$5$ + $6$"),
+    ("The answer is $5$ million", "marked", "$5$ million"),  # what stands beside the formula changes its value
+    ("The answer is $5$!", "marked", "$5$!"),
+    ("The answer is $5$x", "marked", "$5$x"),
+    ("The answer is $5$ $6$", "marked", "$5$ $6$"),
+    ("The answer is $$5$$ or $$6$$", "marked", "$$5$$ or $$6$$"),
+    (r"The answer is \[5\] or \[6\]", "marked", r"\[5\] or \[6\]"),
+    ("The answer is $$5$$\nor $$6$$", "marked", "$$5$$ or $$6$$"),
+    ("The answer is $5$ apples.", "marked", "5"),
     ("The answer is $5$ = $7$", "marked", "$5$ = $7$"),
     ("The answer is $5$, which is odd.", "marked", "5"),
     ("The answer is 5 because it is odd", "marked", "5"),
@@ -80,6 +93,9 @@ def test_only_text_after_thinking_counts(response, expected):
     ("We get f(2), that is all", "last", "f(2)"),
     ("It costs $5 and then $7 more", "last", "7"),  # prices, not a formula between dollars
     ("$x=5$ gives 3 apples", "last", "3"),  # what stands later
+    ("so it is −5", "last", "−5"),  # the Unicode minus sign is part of the number
+    ("so it is −.5", "last", "−.5"),
+    ("pages 3–5", "last", "5"),  # a range
     ("5 apples, where $n$ counts them", "last", "5"),  # a bare name is no answer
 ])
 def test_weaker_rules_take_over_only_where_stronger_ones_find_nothing(response, rule, expected):

@@ -142,7 +142,16 @@ def test_a_tolerance_that_is_no_share_is_refused(tolerance):
         quick_status("5", "5", tolerance)
 
 
+@pytest.mark.parametrize("gold, prediction, expected", [
+    ("1000.99", "1000,99", "correct"), ("0.111", "0,111", "correct"), ("2.5", "2,5", "correct"),
+    ("1,2", "1.2", "wrong"), ("2,5", "2.5", "wrong"), ("-2,1", "-2.1", "wrong"), ("1000", "1.000", "wrong"),
+])
+def test_only_an_answer_may_have_a_decimal_comma_as_a_comma_in_a_gold_makes_a_list(gold, prediction, expected):
+    assert status(gold, prediction) == expected
+
+
 @pytest.mark.parametrize("left, right", [
+    ("|x-2^{20}|", "2^{20}-x"), (r"\max(x,2^{20})", "2^{20}"), ("|x-10^{12}|", "10^{12}-x"),
     ("|x-200|", "200-x"), (r"\sqrt{(x-50)^2}", "50-x"), (r"\max(x,164)", r"\max(2x,164)"), (r"\min(x,-100)", "-100"),
     (r"\lfloor x/1000\rfloor", "0"), (r"|x|+|y-300|", "|x|+300-y"),
 ])

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from tiny_config import get_config
 
 from dgpo_jax import prepare as story
-from dgpo_jax.config import PrepareConfig, parse_command
+from dgpo_jax.config import PrepareConfig, load, parse_command
 from dgpo_jax.data.problems import fingerprint, load_problems
 from dgpo_jax.data.tokenizers import load_tokenizer
 from dgpo_jax.preparation.report import describe_sources, report_paths, to_markdown
@@ -93,6 +94,39 @@ def test_where_nothing_is_left_the_report_says_so_and_no_output_is_written(confi
     assert sorted(contents(tmp_path)) == ["out.dropped.jsonl", "out.report.json", "out.report.md"]
 
 
+def test_an_old_output_never_stands_beside_a_new_report(config, tmp_path, monkeypatch):
+    output = tmp_path / "out.jsonl"
+    output.write_text("of another day")
+    none = replace(config, rollout=replace(config.rollout, max_prompt=1))
+    with pytest.raises(ValueError, match="no problem is left"):
+        prepare(none, None, Options(str(output)))
+    assert not output.exists() and report_paths(output)["report.md"].exists()
+
+    output.write_text("of another day")
+    monkeypatch.setattr(story, "write_report", lambda *_: pytest.fail("stop") if output.exists() else {}["killed"])
+    with pytest.raises(KeyError, match="killed"):
+        prepare(config, None, Options(str(output)))
+
+
+def test_a_preparation_without_benchmarks_says_so(config, tmp_path, capsys):
+    for against, said in ((config.prepare.against, False), ("", True)):
+        prepare(replace(config, prepare=PrepareConfig(against=against)), None, Options(str(tmp_path / "out.jsonl")))
+        for text in (capsys.readouterr().out, report_paths(tmp_path / "out.jsonl")["report.md"].read_text()):
+            assert ("prepare.against is empty: no problem was compared" in text) is said
+
+
+def test_what_to_type_next_is_a_command_that_reads_the_output(config, tmp_path, capsys):
+    rows = [{"question": row["problem"], "final": row["answer"]} for row in ROWS[:1]]
+    source = write(tmp_path / "other names.jsonl", rows)
+    names = {"problem_field": "question", "answer_field": "final"}
+    config = replace(config, data=replace(config.data, train=source, **names), prepare=PrepareConfig())
+    prepare(config, None, Options(str(tmp_path / "o t.jsonl")))
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("to train"))
+    tiny, flags = Path(__file__).parent / "tiny_config.py", shlex.split(line.partition("--config=... ")[2])
+    typed = load([f"--config={tiny}", *(f"--config.data.{name}={value}" for name, value in names.items()), *flags])
+    assert [problem.answer for problem in story.load(typed.data, typed.data.train, 0)] == ["3"]
+
+
 @pytest.mark.parametrize("change, output, message", [
     ({}, "out.parquet", "give --output=prepared.jsonl"),  # nothing else is written
     ({}, "", "give --output=prepared.jsonl"),  # it was forgotten
@@ -154,9 +188,10 @@ def fake_rollouts(monkeypatch, calls):
     monkeypatch.setattr(story, "make_decode_params", lambda actor: lambda params: params)
 
 
-def test_problems_are_kept_by_the_share_of_right_responses_and_carry_it(measured, tmp_path, monkeypatch):
+def test_problems_are_kept_by_the_share_of_right_responses_and_carry_it(measured, tmp_path, monkeypatch, capsys):
     fake_rollouts(monkeypatch, calls := [])
     report = prepare(measured, None, Options(str(tmp_path / "out.jsonl")))
+    assert "first prompt, answer" in capsys.readouterr().out  # before hours of sampling
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     given = list(story.load(measured.data, measured.data.train, measured.seed))
     expected = {one.id: min(4, int(one.answer) % 5) / 4 for one in given}
@@ -185,7 +220,8 @@ def test_a_kill_and_other_bounds_sample_nothing_again(measured, tmp_path, monkey
 
 @pytest.mark.parametrize("part, change, message", [
     ("eval", {"temperature": 2.0}, r"temperature was 1\.0 and is 2\.0"),  # sampled otherwise
-    ("reward", {"extract": "boxed"}, "extract was 'last' and is 'boxed'"),  # judged otherwise
+    # Judged otherwise, and there is a way on.
+    ("reward", {"extract": "boxed"}, "extract was 'last' and is 'boxed'; go back .* or give another --workdir"),
     ("data", {"size": 7}, "sets.train.problems was 8 and is 7"),  # other problems
 ])  # fmt: skip
 def test_responses_by_other_settings_are_not_taken_for_these(measured, tmp_path, monkeypatch, part, change, message):

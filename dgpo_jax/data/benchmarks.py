@@ -22,13 +22,14 @@ def parse_sets(text: str) -> list[NamedSet]:
 
     Args:
         text: names of BENCHMARKS, ALL for all of these, NAME=SOURCE with a source as in data.train; commas between.
+            A comma within parentheses is one of the source, as in gym:chain_sum(min_terms=2,max_terms=3)/test.
     Returns:
         The sets in the order given; none for "".
     Raises:
         ValueError: a name that is not known (with the nearest one), given twice or unfit for a file; an empty source.
     """
     sets: list[NamedSet] = []
-    for entry in (entry.strip() for entry in text.split(",")):
+    for entry in (entry.strip() for entry in _split(text)):
         if entry:
             sets += [NamedSet(name, _source(name)) for name in BENCHMARKS] if entry == ALL else [_parse(entry, text)]
     names = [name for name, _ in sets]
@@ -38,12 +39,26 @@ def parse_sets(text: str) -> list[NamedSet]:
     return sets
 
 
+def _split(text: str) -> list[str]:
+    """At the commas that stand in no parentheses."""
+    entries, depth = [""], 0
+    for letter in text:
+        depth = max(0, depth + (letter == "(") - (letter == ")"))
+        if letter == "," and not depth:
+            entries.append("")
+        else:
+            entries[-1] += letter
+    return entries
+
+
 def _parse(entry: str, text: str) -> NamedSet:
     name, equals, source = (part.strip() for part in entry.partition("="))
     if not equals:
         return NamedSet(name, _source(name))
     if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
         raise ValueError(f"sets {text!r}: {name!r} becomes a file name; use letters, digits, _ and - in NAME=SOURCE.")
+    if name == HELD_OUT:
+        raise ValueError(f"sets {text!r}: {HELD_OUT!r} is what data.held_out is called; give NAME=SOURCE another name.")
     if not source:
         raise ValueError(f"sets {text!r}: {name!r} has no source behind its '='; give NAME=SOURCE, as in data.train.")
     return NamedSet(name, source)

@@ -139,10 +139,12 @@ class JoinedProblems(LazyProblems):
 
 
 def fingerprint(problems: Sequence[Problem]) -> str:
-    """SHA-256, in hex, of what a score depends on: id, problem, answer and tests of every problem, in order."""
+    """SHA-256, in hex, of what a score depends on: id, problem, answer, tests, checker and tolerance of every problem,
+    in order."""
     digest = hashlib.sha256()
-    for problem in problems:
-        digest.update(json.dumps([problem.id, problem.problem, problem.answer, problem.tests]).encode() + b"\n")
+    for one in problems:
+        row = [one.id, one.problem, one.answer, one.tests, one.checker, one.tolerance]
+        digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -89,35 +89,46 @@ def majority_at(votes: np.ndarray, k: int) -> Estimate:
         votes: i64[P, n]; equal numbers are equal answers, RIGHT is the right one, NO_VOTE is none.
     Source: self-consistency, Wang et al. 2022, arXiv:2203.11171; maj1@k of Lewkowycz et al. 2022, arXiv:2206.14858.
     """
-    n = _samples(votes, k)
+    _samples(votes, k)
 
     def chance(row):
         others = np.unique(row[(row != NO_VOTE) & (row != RIGHT)], return_counts=True)[1]
-        return _majority(int(np.sum(row == RIGHT)), others.tolist(), int(np.sum(row == NO_VOTE)), k) / comb(n, k)
+        return _majority(int(np.sum(row == RIGHT)), others.tolist(), int(np.sum(row == NO_VOTE)), k)
 
     return estimate(chance(row) for row in votes)
 
 
 def _majority(right: int, others: list[int], silent: int, k: int) -> float:
-    """Of the choices of k votes, the number in which the right answer wins; a tie of t + 1 answers counts 1 / (t + 1).
+    """The share of the choices of k votes in which the right answer wins; a tie of t + 1 answers counts 1 / (t + 1).
 
     For each number `wins` of right votes among the chosen: every other answer has fewer, or ties with as many.
-    `ways[t, z]` counts the choices of z votes among the other answers so far that tie t times.
+    `ways[t, z]` weighs the choices of z votes among the other answers so far that tie t times. A weight is a number of
+    choices times (k / n)^votes (1 - k / n)^(the rest): the numbers alone overflow from about a thousand votes on, and
+    the factor is the same for every choice of k votes, so that it cancels at the end.
     """
+    n = right + sum(others) + silent
+    weights = {count: _binomial(count, k, n) for count in {right, *others, silent}}
     total = 0.0
     for wins in range(1, min(right, k) + 1):
         room = k - wins  # votes that are not right
-        ways = np.zeros((room // wins + 1, room + 1))
+        ways = np.zeros((min(room // wins, len(others)) + 1, room + 1))
         ways[0, 0] = 1.0
         for count in others:
-            fewer = sum(comb(count, votes) * _shifted(ways, votes) for votes in range(min(count, wins - 1, room) + 1))
-            tied = comb(count, wins) * _shifted(ways, wins)
-            fewer[1:] += tied[:-1]  # a tie more; the last row can tie no further, for it has no votes left
+            weight = weights[count]
+            fewer = sum(weight[votes] * _shifted(ways, votes) for votes in range(min(count, wins - 1, room) + 1))
+            if count >= wins:
+                tied = weight[wins] * _shifted(ways, wins)
+                fewer[1:] += tied[:-1]  # a tie more; the last row ties no further: no votes are left, or no answers
             ways = fewer
-        ways = sum(comb(silent, votes) * _shifted(ways, votes) for votes in range(min(silent, room) + 1))
+        ways = sum(weights[silent][votes] * _shifted(ways, votes) for votes in range(min(silent, room) + 1))
         shares = 1 / np.arange(1, len(ways) + 1)
-        total += comb(right, wins) * float(shares @ ways[:, room])
-    return total
+        total += weights[right][wins] * float(shares @ ways[:, room])
+    return total / _binomial(n, k, n)[k]
+
+
+def _binomial(count: int, k: int, n: int) -> list[float]:
+    """The chances of 0, 1, ..., count successes in as many trials of chance k / n; each correctly rounded."""
+    return [comb(count, wins) * k**wins * (n - k) ** (count - wins) / n**count for wins in range(count + 1)]
 
 
 def _shifted(ways: np.ndarray, votes: int) -> np.ndarray:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dgpo_jax.evaluation.judging import Answered, Judged
-from dgpo_jax.metrics import write_lines
+from dgpo_jax.metrics import encode_line, write_lines
 from dgpo_jax.types import Problem, Verdict
 
 
@@ -121,13 +121,6 @@ def to_row(answered: Answered) -> dict:
             for sample, (text, verdict, vote, tokens, truncated) in enumerate(responses)
         ],
     }  # fmt: skip
-
-
-def encode_line(row: dict) -> bytes:
-    """One line of JSON, as `metrics.write_lines` writes it."""
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
-    # A model can emit half a surrogate pair, which UTF-8 cannot hold; escaped, it is JSON's own spelling of it.
-    return line.encode("utf-8", errors="backslashreplace")
 
 
 def rewrite(path: Path, done: Sequence[Answered]) -> None:

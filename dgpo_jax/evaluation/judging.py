@@ -1,7 +1,7 @@
 """Verdicts and votes of the responses to a problem, and the figures of a set of problems. Never imports JAX."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -84,7 +84,14 @@ def find_equal(checkers, answers: Sequence[str], answer: str, tolerance: float) 
     return next((other for other, verdict in zip(answers, verdicts, strict=True) if verdict.correct), None)
 
 
-def figures(done: Sequence[Answered], wrong_unasked: int = 0) -> dict[str, Estimate]:
+def share(verdict: Verdict) -> float:
+    """The grade of code.grade=soft, 0 to 1; see `rewarding.graded`."""
+    return verdict.score
+
+
+def figures(
+    done: Sequence[Answered], wrong_unasked: int = 0, grade: Callable[[Verdict], float] = share
+) -> dict[str, Estimate]:
     """avg@n, pass@k, best@k and maj@k of n responses to each problem, and what kind of responses they are.
 
     Graded answers (programs, puzzles) count by their grade in avg and best; pass and maj count those that are wholly
@@ -92,6 +99,7 @@ def figures(done: Sequence[Answered], wrong_unasked: int = 0) -> dict[str, Estim
 
     Args:
         wrong_unasked: problems that could not be asked and count as wrong in scores; they have no responses.
+        grade: what a verdict is worth, 0 to 1.
     """
     responses = [answered.responses for answered in done]
     n = len(responses[0]) if responses else 0
@@ -101,7 +109,7 @@ def figures(done: Sequence[Answered], wrong_unasked: int = 0) -> dict[str, Estim
     def table(value, unasked):
         return np.array([[value(one) for one in row] for row in responses] + [[unasked] * n] * wrong_unasked)
 
-    scores, correct = table(lambda one: one.verdict.score, 0.0), table(lambda one: one.verdict.correct, False)
+    scores, correct = table(lambda one: grade(one.verdict), 0.0), table(lambda one: one.verdict.correct, False)
     found = {f"avg@{n}": average(scores)}
     found |= {f"pass@{k}": pass_at(correct, k) for k in powers_of_two(n)}
     found |= {f"best@{k}": best_at(scores, k) for k in powers_of_two(n) if k > 1}

@@ -12,7 +12,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,17 +23,22 @@ import jax
 import dgpo_jax
 from dgpo_jax.build import Actor, build_params, load
 from dgpo_jax.checkpoint import locate, read_params
-from dgpo_jax.config import Config
+from dgpo_jax.config import Config, ModelConfig
 from dgpo_jax.data.benchmarks import HELD_OUT, NamedSet, parse_sets
 from dgpo_jax.data.problems import fingerprint
 from dgpo_jax.data.prompts import fit_prompts
 from dgpo_jax.files import write_whole
 from dgpo_jax.manifest import MANIFEST
+from dgpo_jax.models import config_from_folder, resolve_folder
 from dgpo_jax.models.parameters import abstract_parameters
+from dgpo_jax.session import say
 from dgpo_jax.types import Problem
 
 PROTOCOL = "protocol.json"
 SAMPLE_BYTES = 2**20  # of the start and the end of each weight file, that its fingerprint is made of
+# Of model: what the same weights are another function without. The others say how it is computed, and to what rounding.
+NOT_ARCHITECTURE = ("path", "initializer_std", "dtype", "remat", "attention", "attention_chunk")
+PROMPT = ("tokenizer", "template", "system", "instruction")  # of data: what a model is used to
 
 
 class Weights(NamedTuple):
@@ -62,10 +67,11 @@ class Asked(NamedTuple):
     problems: Sequence[Problem]  # those that are asked
     unasked: int  # whose prompt is too long under data.too_long=drop: they count as wrong
     fingerprint: str  # of all of them
+    whole: int  # problems of the whole set, of which these are the first
 
     @property
     def size(self) -> int:
-        """All problems, those not asked too."""
+        """Problems of the evaluation, those not asked too."""
         return len(self.problems) + self.unasked
 
 
@@ -75,17 +81,64 @@ def find_weights(config: Config, actor: Actor, checkpoint: str) -> Weights:
     Args:
         checkpoint: a run's workdir, its checkpoints folder or one iteration of it; "" = none.
     Raises:
-        ValueError: there is no sound checkpoint.
+        ValueError: there is no sound checkpoint, or it is one of another architecture.
     """
     if checkpoint:
         folder = locate(checkpoint)
+        compare_with_run(config, actor, folder)
         content = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()  # it holds a checksum of every file
         return Weights(f"{checkpoint}, {folder.name.replace('_', ' ')}", folder, content[:16])
     if actor.folder:
         files = sorted(Path(actor.folder).glob("*.safetensors"))
         return Weights(config.model.path, None, fingerprint_files(files)[:16])
-    made_of = json.dumps([config.seed, asdict(config.model)], sort_keys=True)
+    sizes = architecture(actor.model.config)
+    made_of = json.dumps([config.seed, config.model.initializer_std, sizes], sort_keys=True)
     return Weights(f"random, seed {config.seed}", None, hashlib.sha256(made_of.encode()).hexdigest()[:16])
+
+
+def architecture(model: ModelConfig) -> dict:
+    """The settings that make a function of the weights: sizes, and what no shape of a weight gives away."""
+    names = [field.name for field in fields(model) if field.name not in NOT_ARCHITECTURE]
+    return {name: getattr(model, name) for name in names}
+
+
+def compare_with_run(config: Config, actor: Actor, checkpoint: Path) -> None:
+    """Holds the settings against those of the run that a checkpoint is of, where its config.json is still there.
+
+    Warns of another prompt or tokenizer.
+
+    Args:
+        checkpoint: RUN/checkpoints/iteration_..., or RUN/sft/checkpoints/iteration_...
+    Raises:
+        ValueError: another architecture, which may fit the weights all the same, as another rope_theta does.
+    """
+    run = checkpoint.parents[1]
+    record = (run.parent if run.name == "sft" else run) / "config.json"
+    if not record.exists():
+        return
+    try:
+        of_run = json.loads(record.read_text())
+        model, data = of_run["model"], of_run["data"]
+        sizes, fix = sizes_of_run(model), "use the settings of the run"
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{record} is no config of a run ({type(error).__name__}: {error}); mend it, or move it away."
+        ) from None
+    _refuse(f"{record} has another model", differences(sizes, architecture(actor.model.config), "model."), fix)
+    for name in PROMPT:
+        if name in data and data[name] != getattr(config.data, name):
+            say(f"warning: the run had data.{name} {data[name]!r}, here it is {getattr(config.data, name)!r}")
+
+
+def sizes_of_run(model: dict) -> dict:
+    """The architecture that a run's config.json tells of: of its model.path if it has one, else of its sizes."""
+    if not model["path"]:
+        names = architecture(ModelConfig())
+        return {name: model[name] for name in names if name in model}  # a setting may be newer than the run
+    try:
+        return architecture(ModelConfig(**config_from_folder(resolve_folder(model["path"]))))
+    except (ValueError, OSError):
+        return {}  # the folder is gone, and a run's config.json does not repeat what it said
 
 
 def fingerprint_files(files: Sequence[Path]) -> str:
@@ -126,13 +179,14 @@ def load_sets(config: Config, actor: Actor, sets: Sequence[NamedSet]) -> list[As
 
 def _load_set(config: Config, actor: Actor, name: str, source: str) -> Asked:
     try:
-        problems = load(config.data, source, config.seed)[: config.eval.problems or None]
+        whole = load(config.data, source, config.seed)
+        problems = whole[: config.eval.problems or None]
         fitting, unasked = fit_prompts(
             problems, actor.tokenizer, actor.template, config.rollout.max_prompt, config.data.too_long
         )
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return Asked(name, source, fitting, unasked, fingerprint(problems)[:16])
+    return Asked(name, source, fitting, unasked, fingerprint(problems)[:16], len(whole))
 
 
 def describe_asking(config: Config, actor: Actor, weights: Weights, sets: Sequence[Asked]) -> dict:
@@ -140,6 +194,7 @@ def describe_asking(config: Config, actor: Actor, weights: Weights, sets: Sequen
     data, rollout, settings = config.data, config.rollout, config.eval
     return {
         "weights": weights.fingerprint,
+        "model": architecture(actor.model.config),
         "dtype": str(actor.model.compute_dtype),
         "tokenizer": data.tokenizer or "the model's own",
         "template": data.template,
@@ -158,6 +213,7 @@ def describe_asking(config: Config, actor: Actor, weights: Weights, sets: Sequen
             one.name: {
                 "source": one.source,
                 "problems": one.size,
+                "of": one.whole,
                 "too_long": one.unasked,
                 "fingerprint": one.fingerprint,
             }
@@ -168,10 +224,16 @@ def describe_asking(config: Config, actor: Actor, weights: Weights, sets: Sequen
 
 def describe_grading(config: Config, sets: Sequence[Asked]) -> dict:
     """All that settles how responses are judged."""
-    grading = {"grader": grader_version(), "extract": config.reward.extract}
-    if any(problem.checker == "code" for one in sets for problem in one.problems):
-        code = config.code
+    reward, code = config.reward, config.code
+    kinds = {problem.checker for one in sets for problem in one.problems}
+    grading = {"grader": grader_version(), "extract": reward.extract}
+    if kinds - {"code"}:
+        grading |= {"deadline_s": reward.deadline_s, "memory_mb": reward.memory_mb}
+    if kinds - {"math"}:
+        grading |= {"grade": code.grade}
+    if "code" in kinds:
         grading |= {
+            "sandbox": code.sandbox,
             "test_s": code.test_s,
             "wall_s": code.wall_s,
             "code_memory_mb": code.memory_mb,
@@ -205,6 +267,7 @@ def describe_session() -> dict:
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "dgpo_jax": package_version(),
         "jax": jax.__version__,
+        "sympy": version("sympy"),  # it decides what is equal
         "devices": f"{jax.device_count()} x {device.device_kind}",
     }
 
@@ -215,9 +278,14 @@ def default_workdir(config: Config, asking: dict) -> Path:
     return Path("evals") / f"{config.name}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
-def claim(workdir: Path, weights: str, asking: dict, grading: dict, regrade: bool = False) -> dict:
+def claim(
+    workdir: Path, weights: str, asking: dict, grading: dict, regrade: bool = False,
+    way_on: str = "add --regrade to judge them again, or use another --workdir",
+) -> dict:  # fmt: skip
     """Writes protocol.json, or sees to it that the one that is there is the same; returns the protocol.
 
+    Args:
+        way_on: what can be done about responses that were judged otherwise.
     Raises:
         ValueError: the workdir holds responses by another protocol (saying what differs), or judged otherwise, and
             `regrade` does not ask for that to change.
@@ -228,10 +296,8 @@ def claim(workdir: Path, weights: str, asking: dict, grading: dict, regrade: boo
         fix = "use another --workdir, or that protocol"
         _refuse(f"{workdir} holds responses by another protocol", differences(before["asking"], asking), fix)
         if not regrade:
-            fix = "add --regrade to judge them again, or use another --workdir"
-            _refuse(
-                f"{workdir} holds responses that were judged otherwise", differences(before["grading"], grading), fix
-            )
+            found = differences(before["grading"], grading)
+            _refuse(f"{workdir} holds responses that were judged otherwise", found, way_on)
         sessions = before["sessions"]
     now = describe_session()
     if not sessions or {**sessions[-1], "date": ""} != {**now, "date": ""}:
@@ -243,8 +309,23 @@ def claim(workdir: Path, weights: str, asking: dict, grading: dict, regrade: boo
 
 
 def read_protocol(workdir: Path) -> dict:
-    """What the workdir holds responses by."""
-    return json.loads((workdir / PROTOCOL).read_text())
+    """What the workdir holds responses by.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = workdir / PROTOCOL
+    try:
+        protocol = json.loads(path.read_text())
+        for name, kind in (("asking", dict), ("grading", dict), ("sessions", list)):
+            if not isinstance(protocol[name], kind):
+                raise TypeError(f"{name!r} is no {kind.__name__}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); put back a copy of it, or use another --workdir:"
+            " nothing else says what the responses there belong to."
+        ) from None
+    return protocol
 
 
 def write_protocol(workdir: Path, protocol: dict) -> None:

@@ -9,12 +9,12 @@ Never imports JAX.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from dgpo_jax.evaluation.estimators import Estimate, powers_of_two
-from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, figures
-from dgpo_jax.types import STATUSES
+from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, figures, share
+from dgpo_jax.types import STATUSES, Verdict
 
 MEANINGS = {
     "greedy": "share of problems solved by the one response at temperature 0",
@@ -39,11 +39,17 @@ class Scored(NamedTuple):
     problems: int  # those that could not be asked included
     unasked: int  # of these; they count as wrong
     rounds: dict[str, dict[str, Estimate]]  # GREEDY, SAMPLES -> figures, see judging.figures
+    whole: int  # problems of the whole set, of which these are the first
+
+    @property
+    def size(self) -> str:
+        """Such as 500, or "128 of 500" where the figures are not those of the whole set."""
+        return count_of(self.problems, self.whole)
 
     @property
     def scores(self) -> dict[str, Estimate]:
         """The figures of a score, the greedy one under that name."""
-        greedy = {"greedy": self.rounds[GREEDY]["avg@1"]} if GREEDY in self.rounds else {}
+        greedy = {"greedy": self.rounds[GREEDY]["pass@1"]} if GREEDY in self.rounds else {}
         return greedy | {key: value for key, value in self.rounds.get(SAMPLES, {}).items() if "@" in key}
 
     @property
@@ -57,15 +63,26 @@ class Scored(NamedTuple):
         return {key: value for key, value in self.scores.items() if key == "greedy" or int(key.partition("@")[2]) == n}
 
 
-def score_set(name: str, rounds: dict[str, Sequence[Answered]], unasked: int) -> Scored:
+def score_set(
+    name: str, rounds: dict[str, Sequence[Answered]], unasked: int, whole: int = 0,
+    grade: Callable[[Verdict], float] = share,
+) -> Scored:  # fmt: skip
     """The figures of one set.
 
     Args:
         rounds: GREEDY, SAMPLES -> all problems that were asked.
         unasked: problems that count as wrong.
+        whole: problems of the whole set; 0 = no more than these.
+        grade: what a verdict is worth, 0 to 1.
     """
-    asked = max(len(done) for done in rounds.values())
-    return Scored(name, asked + unasked, unasked, {way: figures(done, unasked) for way, done in rounds.items()})
+    problems = unasked + max(len(done) for done in rounds.values())
+    found = {way: figures(done, unasked, grade) for way, done in rounds.items()}
+    return Scored(name, problems, unasked, found, whole or problems)
+
+
+def count_of(part: int, whole: int) -> str:
+    """Such as 128 of 500; 500 alone where that is all."""
+    return f"{part} of {whole}" if part < whole else str(part)
 
 
 def percent(estimate: Estimate | None) -> str:
@@ -111,7 +128,7 @@ def score_table(scored: Sequence[Scored]) -> str:
     rows = [["set", "problems", *keys]]
     for one in scored:
         star = "*" if one.unasked else ""
-        rows.append([one.name + star, one.problems, *(percent(one.headline().get(key)) for key in keys)])
+        rows.append([one.name + star, one.size, *(percent(one.headline().get(key)) for key in keys)])
     if len(scored) > 1:
         means = (mean_over_sets([one.headline().get(key) for one in scored]) for key in keys)
         rows.append(["mean of sets", sum(one.problems for one in scored), *map(percent, means)])
@@ -121,7 +138,7 @@ def score_table(scored: Sequence[Scored]) -> str:
 def score_line(one: Scored, seconds: float | None = None) -> str:
     """For the console, as a set finishes."""
     scores = ", ".join(f"{key} {percent(value)}" for key, value in one.headline().items())
-    return f"{one.name:<14}{one.problems} problems: {scores}" + (f"  ({seconds:.0f} s)" if seconds is not None else "")
+    return f"{one.name:<14}{one.size} problems: {scores}" + (f"  ({seconds:.0f} s)" if seconds is not None else "")
 
 
 def to_json(scored: Sequence[Scored], protocol: dict, unmatched: Sequence[str]) -> str:
@@ -131,7 +148,7 @@ def to_json(scored: Sequence[Scored], protocol: dict, unmatched: Sequence[str]) 
         return {key: {"value": value, "standard_error": error} for key, (value, error) in found.items()}
 
     sets = {
-        one.name: {"problems": one.problems, "too_long": one.unasked, "scores": plain(one.scores)}
+        one.name: {"problems": one.problems, "of": one.whole, "too_long": one.unasked, "scores": plain(one.scores)}
         | {
             way: plain({key: value for key, value in found.items() if "@" not in key})
             for way, found in one.rounds.items()
@@ -152,6 +169,11 @@ def to_markdown(name: str, scored: Sequence[Scored], protocol: dict, unmatched: 
         " count as wrong."
         for one in scored
         if one.unasked
+    ]
+    notes += [
+        f"{one.name}: the first {one.problems} of {one.whole} problems (eval.problems), no score of the whole set."
+        for one in scored
+        if one.problems < one.whole
     ]
     if unmatched:
         notes.append(
@@ -199,10 +221,11 @@ def _table_of_protocol(protocol: dict) -> str:
     rows = [["setting", "value"], ["weights", f"{protocol['weights']} (fingerprint {asking['weights']})"]]
     rows += [
         [key, json.dumps(value, ensure_ascii=False) if key in ("template", "system", "instruction") else value]
-        for key, value in (asking | grading).items() if key not in ("weights", "sets", "example_prompt")
+        for key, value in (asking | grading).items() if key not in ("weights", "sets", "model", "example_prompt")
     ]  # fmt: skip
+    rows.append(["model", ", ".join(f"{key} {value}" for key, value in asking["model"].items())])
     rows += [
-        [f"set {name}", f"{one['source']}, {one['problems']} problems, fingerprint {one['fingerprint']}"]
+        [f"set {name}", f"{one['source']}, {count_of(one['problems'], one['of'])} problems, fingerprint {one['fingerprint']}"]
         for name, one in asking["sets"].items()
     ]
     for session in protocol["sessions"]:

@@ -14,6 +14,7 @@ from dgpo_jax.metrics import write_lines
 from dgpo_jax.preparation.steps import Step
 from dgpo_jax.types import Problem
 
+NOT_COMPARED = "prepare.against is empty: no problem was compared with those of a benchmark"
 BAR = 40  # characters of the longest bar
 
 
@@ -87,7 +88,7 @@ def to_markdown(report: dict, name: str) -> str:
     share = count["kept"] / max(1, count["before"])
     lines = [
         f"# {name}: {count['kept']} of {count['before']} problems kept ({share:.1%})", "",
-        "Fingerprint (SHA-256 of ids, problems, answers, tests):"
+        "Fingerprint (SHA-256 of ids, problems, answers, tests, checkers, tolerances):"
         f" `{prints['before'][:16]}` before, `{prints['kept'][:16]}` kept.", "",
         "| step | keeps | in | dropped | out |", "|---|---|---:|---:|---:|",
     ]  # fmt: skip
@@ -95,6 +96,8 @@ def to_markdown(report: dict, name: str) -> str:
         f"| {step['name']} | {_cell(step['keeps'])} | {step['before']} | {step['dropped']} | {step['kept']} |"
         for step in report["steps"]
     ]
+    if not report["settings"].get("prepare.against"):
+        lines += ["", f"{NOT_COMPARED}."]
     for step in report["steps"]:
         lines += _describe_step(step)
     lines += ["", "## Sources", "", "| source | in | out | licence, which the problems keep |", "|---|---:|---:|---|"]

@@ -56,7 +56,8 @@ class Comparison:
         if left[0] in SCALARS and right[0] in SCALARS:
             return self.scalars_equal(left, right)
         if left[0] in ("list", "set") and right[0] in ("list", "set"):
-            return self.same_items(left[1], right[1])
+            numbers = left[0] == right[0] == "list" and all(item[0] in SCALARS for item in left[1] + right[1])
+            return self.same_items(left[1], right[1], once_each=numbers)
         if left[0] == right[0] == "matrix":
             return self.same_rows(left[1], right[1])
         if left[0] == right[0] == "group":
@@ -94,15 +95,19 @@ class Comparison:
     def same_rows(self, left, right):
         return len(left) == len(right) and all(self.same_row(a, b) for a, b in zip(left, right, strict=True))
 
-    def same_items(self, left, right):
-        """Each item has its equal on the other side: order and repetition do not count."""
+    def same_items(self, left, right, once_each):
+        """Each item has its equal on the other side, whatever the order. Repetition counts among numbers (once_each), not in sets."""
         if max(len(left), len(right)) > ITEMS_CAP:
             raise TooLargeError(f"more than {ITEMS_CAP} items")
+        if once_each and len(left) != len(right):
+            return False
         matched = set()
         for item in left:
             hits = [index for index, other in enumerate(right) if self.equal(item, other)]
             if not hits:
                 return False
+            if once_each:  # the first that is still free
+                hits = [index for index in hits if index not in matched][:1]
             matched.update(hits)
         return len(matched) == len(right)
 
@@ -118,6 +123,11 @@ class Comparison:
             return False
         if self.constant or not all(close(a * b0, b * a0) for a, b in pairs):
             return False
+        for where in ("mixed", "wide", "far"):  # |x| = 1 is not x = 1
+            for a, b in zip(self.values(left, where), self.values(right, where), strict=True):
+                real = a is not None and b is not None and mpmath.im(a) == 0 and mpmath.im(b) == 0
+                if real and not close(a * b0, b * a0):
+                    return False
         return symbolic.proportional(left, right) is not False
 
     # Numbers
@@ -128,8 +138,13 @@ class Comparison:
             return numbers_equal(*exact, self.tolerance)
         if "percent" in (left[0], right[0]) and left[0] != right[0]:
             bare, percent = (right, left) if left[0] == "percent" else (left, right)
-            return self.values_agree(bare, percent[1]) or self.values_agree(bare, percent)
+            return self.values_agree(bare, percent) or (self.at_least_one(bare) and self.values_agree(bare, percent[1]))
         return self.values_agree(left, right)
+
+    def at_least_one(self, node):
+        """True for a number of 1 or more in size: below it, nobody leaves a percent sign out."""
+        value = None if arithmetic.symbols(node) else self.values(node, "positive")[0]
+        return value is not None and abs(value) >= 1
 
     def values_agree(self, left, right):
         """Numbers first, as they refute most wrong answers; then SymPy's proof; what that leaves open, numbers decide."""
@@ -250,7 +265,8 @@ def close_decimal(a, b, tolerance, last_place=mpmath.inf):
     """Equal to the relative tolerance that a written decimal, or a set of rounded golds, allows, and to its last place."""
     if not (mpmath.isfinite(a) and mpmath.isfinite(b)):
         return a == b
-    return abs(a - b) <= min(max(abs(a), abs(b)) * tolerance, last_place)
+    gap = abs(a - b)
+    return gap <= max(abs(a), abs(b)) * tolerance and (gap == 0 or gap < last_place * (1 - mpmath.mpf(10) ** -20))
 
 
 def brackets(group):

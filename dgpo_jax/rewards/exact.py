@@ -81,11 +81,14 @@ def numbers_equal(left, right, tolerance=TOLERANCE):
 
     A percent sign on one side only is read both ways, since a problem may ask for "the percentage" or "the share":
     25% matches 25 and 1/4. Up to TOLERANCE, `tolerance` is for decimals only, and they must also agree to one unit of the
-    coarser last place, and exactly if both are written to the same place. A larger one comes with a problem set whose golds are rounded, and holds for any two numbers.
+    coarser last place, and exactly if both are written to the same place, or if one is not rounded at all: 204.0001 is not
+    204. A larger one comes with a problem set whose golds are rounded, and holds for any two numbers. 0.5% is not 0.5: below
+    1, nobody leaves the sign out.
     """
     if left.percent == right.percent:
         return _values_equal(left, right, tolerance)
-    return _values_equal(left, right, tolerance) or _values_equal(_as_share(left), _as_share(right), tolerance)
+    bare = min(abs(left.value), abs(right.value)) >= 1 and _values_equal(left, right, tolerance)
+    return bare or _values_equal(_as_share(left), _as_share(right), tolerance)
 
 
 def _as_share(number):
@@ -110,7 +113,7 @@ def _values_equal(left, right, tolerance):
     places = [side.places for side in (left, right) if side.places is not None]
     if len(places) == 2 and places[0] == places[1]:  # 306956.63 is not 306956.64
         return False
-    return within and bool(places) and gap <= Fraction(10) ** -min(places)
+    return within and bool(places) and gap < Fraction(10) ** -min(places)
 
 
 @functools.lru_cache(maxsize=256)

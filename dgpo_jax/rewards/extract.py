@@ -15,7 +15,7 @@ BOX_CAP = 512  # characters of an answer; a longer one is reported but never par
 NESTING_CAP = 64  # braces inside one box
 LINE_CAP = 2 * BOX_CAP  # characters after a mark that are looked at
 
-_BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
+_BRACES = re.compile(r"\\\\|\\(?:boxed|fbox)\s*\{|\\[{}]|[{}]")
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _HASHES = re.compile(r"(?<!#)####(?!#)")
 _HEADING = re.compile(  # "#### Step 2", "#### 1. Setup"
@@ -26,14 +26,19 @@ _ANSWER = re.compile(
 )
 _FILLER = re.compile(r"^(?:(?:therefore|thus|hence|so|then|simply|just|indeed|exactly|given by|equal to|option|choice)[ ,:]+){1,3}", re.IGNORECASE)
 _CLAUSE_END = re.compile(r"\.(?:\s|$)|,? (?:which|because|since|where|so|as)\b")
-_GOES_ON = re.compile(r"\s*(?:[,;]\s*(?:and|or)?\s*(?=[$\d\\(-])|(?:and|to)\s*(?=[$\d\\(-])|or\b|[=%/^]|\\%)")
+_GOES_ON = re.compile(  # "$5$ or six", "$5$!", "$5$ million", "$5$x": more than the formula is the answer
+    r"[$\d\\+\-−–*/^=!|%]|^[a-zA-Z]|\b(?:or|but|not|and|to|times|plus|minus|over|mod|half|dozen|hundred|thousand|million|billion|trillion|"
+    r"percent|squared|cubed|factorial|versus|vs|about|approximately|maybe|perhaps|possibly)\b",
+    re.IGNORECASE,
+)
+_SECOND_ANSWER = re.compile(r"\s*(?:or|and|but|not)\b", re.IGNORECASE)
 _PROSE = re.compile(r"[A-Za-z]{2,}[ ,]")
 _DOLLARS = re.compile(r"(?<!\\)\$\$?|\\[()\[\]]")
 _PAIRS = frozenset((("$", "$"), ("$$", "$$"), ("\\(", "\\)"), ("\\[", "\\]")))
 _TWO_WORDS = re.compile(r"(?<![\\{a-zA-Z])[a-zA-Z]{3,}[ ,]+[a-zA-Z]{2,}(?![a-zA-Z}])")
 _SAYS_SOMETHING = re.compile(r"[\d=+^/<>]|\\(?:frac|sqrt|infty|pi|cup|emptyset|text)")  # more than the name of a variable
 _FORMULA_SIGNS = re.compile(r"[\\^_{}()\[\]=+*<>|!]|\d[a-zA-Z]?/|[a-zA-Z]\d")
-_NUMBER = re.compile(r"(?<![\w.])[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?|(?<!\w)[-+]?\.\d+")
+_NUMBER = re.compile(r"(?<![\w.])[-+−–]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?%?|(?<!\w)[-+−–]?\.\d+")
 
 
 def find_answer(response, rule="boxed"):
@@ -85,7 +90,7 @@ def _scan_boxes(text):
             if opened:
                 start, is_box = opened.pop()
                 last = (start, match.start()) if is_box else last
-        elif token == "{" or len(token) > 2:
+        elif token == "{" or len(token) > 2:  # a row's end, \\\\, keeps the brace after it from being an escaped one
             opened.append((match.end(), bool(_BOX.fullmatch(token))))
     return None if last is None else text[last[0]:last[1]]
 
@@ -108,12 +113,16 @@ def _first_clause(text):
     for opener, closer in (("$$", "$$"), ("\\[", "\\]")):  # may span lines
         stop = text.find(closer, len(opener))
         if text.startswith(opener) and stop > 0:
+            rest, end = text[stop + len(closer):], stop + len(closer)
+            same_line = _CLAUSE_END.split(rest.partition("\n")[0], maxsplit=1)[0]
+            if _SECOND_ANSWER.match(rest) or _GOES_ON.search(same_line):
+                return f"{text[:end]} {' '.join(rest.split())}"
             return text[len(opener):stop]
     line = text.partition("\n")[0].strip(" \t*")
     clause = _CLAUSE_END.split(_FILLER.sub("", line, count=1), maxsplit=1)[0].strip(" \t*")
     for opener, closer in (("$", "$"), ("\\(", "\\)")):
         stop = clause.find(closer, len(opener))
-        if clause.startswith(opener) and stop > 0 and not _GOES_ON.match(clause, stop + len(closer)):
+        if clause.startswith(opener) and stop > 0 and not _GOES_ON.search(clause[stop + len(closer):]):
             return clause[len(opener):stop]
     if _PROSE.match(clause) and " is " in clause:  # "The largest $n$ is 34"
         return _first_clause(clause.rpartition(" is ")[2])

@@ -5,7 +5,7 @@ import functools
 from dgpo_jax.rewards import exact
 from dgpo_jax.rewards.exact import TOLERANCE
 from dgpo_jax.rewards.extract import BOX_CAP, NESTING_CAP, find_answer, nesting
-from dgpo_jax.rewards.normalise import is_words, normalise, same_choice, text_key
+from dgpo_jax.rewards.normalise import is_words, normalise, same_choice, same_label, text_key
 from dgpo_jax.rewards.units import clash
 from dgpo_jax.types import Verdict
 
@@ -48,13 +48,13 @@ def quick_status(answer, extracted, tolerance=TOLERANCE):
         return "correct"
     if len(gold.text) > GOLD_CAP:
         return "unparsable"
-    if same_choice(gold.text, prediction):
+    if same_choice(gold.text, prediction) or same_label(gold.text, prediction):
         return "correct"
     number = exact.read_number(prediction)
     if gold.number is not None and number is not None:
         same = exact.numbers_equal(gold.number, number, tolerance) and not clash(([], answer), ([], extracted))
         return "correct" if same else "wrong"
-    if exact.differ_by_comma(gold.text, prediction) or exact.differ_by_comma(prediction, gold.text):
+    if exact.differ_by_comma(prediction, gold.text):  # in a reference answer a comma makes a list
         return "correct"
     if is_words(gold.text) and is_words(prediction):
         return "wrong"

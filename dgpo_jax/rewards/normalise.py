@@ -20,6 +20,11 @@ TEXT_COMMANDS = "text|textbf|textit|textrm|textnormal|mbox|mathrm|mathbf|mathit|
 _WRAPPED = re.compile(rf"\\(?:{TEXT_COMMANDS})\s*\{{([^{{}}]*)\}}")
 _CASED_WORD = re.compile(r"(?<![\\A-Za-z])(?:[A-Z][a-z]{2,}|[A-Z]{4,}|No)(?![A-Za-z])")  # AB and ABC may be products of letters
 _CHOICE = re.compile(rf"\\(?:{TEXT_COMMANDS})\s*\{{\s*\(?([A-Za-z])\)?\.?\s*\}}|\(([A-Za-z])\)|([A-Z])")
+_LABELLED = re.compile(  # "(B) 12", "\\textbf{(B)} \\frac12", "\\text{(B) }12": no product of B, and no second choice
+    rf"(?:\\(?:{TEXT_COMMANDS})\s*\{{\s*)?\(([A-Z])\)(?:\s*\}}\s*:?\s*-?|\s+:?\s*)(?:\.?\d|\\frac|\\sqrt|\\pi)[^A-Z,;=]*"
+)
+_OPTION = re.compile(rf"(?:\\(?:{TEXT_COMMANDS})\s*\{{\s*)?(?:option|choice)\s+\(?([A-Z])\)?\s*\}}?", re.IGNORECASE)
+_SECOND = re.compile(r"(?<![a-z])(?:or|and|not|but)(?![a-z])")
 CHOICES = re.compile(r"\(?(?:[A-Z]|[IVX]{2,})\)?(?:\s*(?:,|and|or|, and|, or)\s*\(?(?:[A-Z]|[IVX]{2,})\)?)*")  # "B and (C)", "II"
 _REWRITES = [
     (re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿ]+"), lambda match: "^{" + match.group().translate(_SUPERSCRIPTS) + "}"),
@@ -54,7 +59,7 @@ def normalise(text):
         text = pattern.sub(replacement, text)
     text = re.sub(r"\s+", " ", text).strip()
     if not text.endswith(".."):
-        text = text.rstrip(".,; ")
+        text = re.sub(r"(?:\\\\ ?)+$", "", text.rstrip(".,; ")).rstrip(".,; ")  # "5\\\\": a line that ends within the box
     return text
 
 
@@ -85,3 +90,15 @@ def same_choice(left, right):
 def _choice_letter(normalised):
     match = _CHOICE.fullmatch(normalised)
     return next(letter for letter in match.groups() if letter).upper() if match else None
+
+
+def same_label(left, right):
+    """True if one side is a bare choice and the other that choice with its value, or in words: B and "(B) 12", "Option B"."""
+    letters = [(_choice_letter(side), _label(side)) for side in (left, right)]
+    (one, one_label), (other, other_label) = letters
+    return (one is not None and one == other_label) or (other is not None and other == one_label)
+
+
+def _label(normalised):
+    match = _OPTION.fullmatch(normalised) or _LABELLED.fullmatch(normalised)
+    return match.group(1).upper() if match and not _SECOND.search(normalised) else None

@@ -10,6 +10,7 @@ import itertools
 import mpmath
 
 from dgpo_jax.rewards import arithmetic
+from dgpo_jax.rewards.nodes import SCALARS
 
 TRIES = 10
 MIXED_TRIES = 4  # points with negative coordinates, used where both sides are real
@@ -17,6 +18,7 @@ WIDE_TRIES = 3  # points further out: a side may change its form at 3, as |x - 3
 WIDE = 20
 FAR = (10**3, 10**5)
 CONSTANTS_CAP = 8  # constants around which points are put
+CONSTANT_CAP = 10**30
 FAR_CAP = 24
 _PIECES = frozenset(("abs", "floor", "ceil", "min", "max", "mod", "root"))
 
@@ -74,14 +76,20 @@ def _has_pieces(node):
 
 
 def _is_whole(exponent):
-    try:
-        value = arithmetic.rational(exponent)
-    except arithmetic.UnparsableError:
-        return False
+    value = _rational(exponent)
     return value is not None and value.denominator == 1
+
+
+def _rational(node):
+    try:
+        return arithmetic.rational(node)
+    except arithmetic.UnparsableError:
+        return None
 
 
 def _constants(node):
     if node[0] == "number":
-        return {float(abs(node[1]))} if 3 < abs(node[1]) < 10**9 else set()
+        return {float(abs(node[1]))} if 3 < abs(node[1]) < CONSTANT_CAP else set()
+    if node[0] in SCALARS and not arithmetic.symbols(node) and (value := _rational(node)) is not None:  # 2^{20}
+        return {float(abs(value))} if 3 < abs(value) < CONSTANT_CAP else set()
     return set().union(*(_constants(child) for child in node if isinstance(child, tuple) and child))

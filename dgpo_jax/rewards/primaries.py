@@ -37,6 +37,8 @@ def leading_text(parser, token):
     """Words where a value should stand: a single letter is a name, anything else is refused."""
     if len(token.value) == 1:  # \\text{B}: where a value should stand, a letter is a name and no unit
         return parser.node("symbol", token.value)
+    if parser.position == 1 and parser.at("="):  # \\text{Area} = 5
+        return parser.node("symbol", token.value)
     raise UnparsableError(f"words {token.value!r} where a value should stand")
 
 
@@ -48,7 +50,7 @@ def number(parser, token):
         parser.position += 1
         base = argument_text(parser)
         return parser.node("symbol", f"{digits} in base {base}")
-    if "." in digits and parser.accept("overline"):
+    if "." in digits and parser.accept("overline", "bar"):
         return _repeating(parser, digits)
     read = exact.read_decimal(digits, int(exponent or 0), scientific=bool(exponent))
     if read is None:

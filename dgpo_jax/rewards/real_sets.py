@@ -4,7 +4,9 @@ A set built from finitely many intervals and points changes only at its breakpoi
 they agree at every breakpoint of either, between neighbours, and beyond the ends.
 """
 
+import functools
 import itertools
+from fractions import Fraction
 
 import mpmath
 
@@ -14,14 +16,44 @@ from dgpo_jax.rewards.tokens import TooLargeError, UnparsableError
 
 BREAKPOINTS_CAP = 64
 _SAME = mpmath.mpf(10) ** -40  # relative: breakpoints closer than this are one
-_SAMPLES = (0, 1, 2, 7)  # where a side is tested for being linear; the first two give its slope
+# Where a side is tested for being linear; the first two give its slope. The others see |x|, \lfloor x \rfloor and \sin \pi x.
+_SAMPLES = (0, 1, 2, 7, mpmath.mpf("-3.7"), mpmath.mpf("0.37"), -1009, 1013)
 ORDER = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
+
+_TURNED = str.maketrans("<>", "><")
 
 
 def sets_equal(left, right):
     """Raises UnparsableError where a side is not a set of reals with computable ends."""
+    left, right = without_bars(left), without_bars(right)
     points = _distinct(breakpoints(left) + breakpoints(right))
     return all(contains(left, probe, points) == contains(right, probe, points) for probe in _probes(points))
+
+
+def without_bars(node):
+    """The set with |u| < c as -c < u < c and |u| > c as u < -c or u > c, for an absolute value that is a whole side."""
+    if node[0] in ("union", "intersection", "difference"):
+        return (node[0], without_bars(node[1]), without_bars(node[2]))
+    if node[0] in ("set", "list"):
+        return (node[0], tuple(map(without_bars, node[1])))
+    if node[0] != "relation" or not ORDER.keys() >= set(node[2]) or not any(map(_is_absolute, node[1])):
+        return node
+    links = [_link_without_bars(*link) for link in zip(node[1], node[2], node[1][1:], strict=False)]
+    return functools.reduce(lambda one, other: ("intersection", one, other), links)
+
+
+def _is_absolute(node):
+    return node[:2] == ("call", "abs")
+
+
+def _link_without_bars(left, op, right):
+    if _is_absolute(right):
+        left, op, right = right, op.translate(_TURNED), left
+    if not _is_absolute(left) or symbols(right):
+        return ("relation", (left, right), (op,))
+    opposite = ("mul", ("number", Fraction(-1), None), right)
+    parts = ("relation", (left[2], right), (op,)), ("relation", (left[2], opposite), (op.translate(_TURNED),))
+    return ("intersection" if op in ("<", "<=") else "union", *parts)
 
 
 def breakpoints(node):

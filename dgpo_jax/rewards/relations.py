@@ -82,7 +82,7 @@ def is_name(node):
     """True for x, f(x), f(2), f^{-1}(x), AB, |AB|, AB/CD or (x, y): a side that only names the answer."""
     head = node[0]
     if head == "group":
-        return all(is_name(item) for item in node[2])
+        return all(is_name(item) for item in node[2]) and _in_usual_order(node[1], node[2])
     if head == "mul":
         first, *rest = node[1:]
         return (is_name(first) or _is_inverse(first)) and all(is_name(factor) for factor in rest)
@@ -99,8 +99,18 @@ def _is_inverse(node):
     return node[0] == "pow" and node[1][0] == "symbol" and node[1][1] in _FUNCTION_LETTERS and node[2] == minus_one
 
 
+def _in_usual_order(bracket, names):
+    """(x, y) is read as such where only its value is given; (b, a) = (1, 2) says that (a, b) is (2, 1)."""
+    spelt = [name[1].lstrip("\\") if name[0] == "symbol" else repr(name) for name in names]
+    if bracket == ":" and any(len(name) > 1 for name in spelt):  # S_{MBCN} : S, in whatever order the problem asks for it
+        return True
+    return spelt == sorted(spelt) or spelt == ["rho", "theta", "phi"]
+
+
 def _is_segment(node):
-    """AB, whose length |AB| is: |x| = 5 does not say that x is 5."""
+    """AB, whose length |AB| is, or a set S of |S| members: |x| = 5 does not say that x is 5."""
+    if node[0] == "symbol":
+        return node[1][0].isupper()
     return node[0] == "mul" and all(factor[0] == "symbol" and factor[1][0].isupper() for factor in node[1:])
 
 

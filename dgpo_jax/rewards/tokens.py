@@ -63,7 +63,18 @@ _LEXEME = re.compile(
     r"|(?P<command>\\[a-zA-Z]+)|(?P<word>[a-zA-Z]+)"
     r"|(?P<op>\\\\|\\[{}|]|(?<=[\d)}])!(?==)|\*\*|<=|>=|!=|==|[-+*/^_(){}\[\]|,;:=<>!%&'])"
 )
-_NOT_UNITS = re.compile(r"\b(?:if|for|mod|not|no|none|is|are|but|where|when|with|base|plus|minus|over|maybe|wrong)\b", re.I)
+_NOT_UNITS = re.compile(  # words that change a value, add a second one, put a condition on it, or take it back
+    r"(?<!\^)(?<!\^-)\d|\b(?:if|for|mod|modulo|not|no|none|neither|is|are|was|but|where|when|with|without|base|plus|minus|over|maybe|perhaps|"
+    r"guess|wrong|false|incorrect|or|and|versus|vs|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|\w*ten|\w+teen|twelf|\w+tie|hundred|thousand|\w+ion)ths?|dozens?|tens?|hundreds?|thousands?|millions?|billions?|"
+    r"trillions?|lakhs?|crores?|scores?|gross|times \w+|squared|cubed|root|power|factorials?|divided|multiplied|doubled|pi|hex|octal|"
+    r"binary|choose|less|minus|fewer|more|greater|least|most|below|above|under|about|around|approx\w*|zero|one|ones|two|twos|three|threes|four|"
+    r"fours|five|fives|six|sixes|seven|sevens|eight|eights|nine|nines|eleven|twelve|\w+teen|"
+    r"(?:twen|thir|for|fif|six|seven|eigh|nine)ty|even|odd|prime)\b",
+    re.I,
+)
+_NOUN = re.compile(r"\b[a-z]{3,}s\b", re.I)  # "dogs", "right triangles": what is counted stands in the plural
+_LETTER_UNITS = frozenset("mglLshNJWVAKCF")
+_VARIABLE = re.compile(rf"(?<![A-Za-z])(?![a{''.join(sorted(_LETTER_UNITS))}])[A-Za-z](?![A-Za-z])")  # "x cm" holds a factor
 _ROMAN = re.compile("[IVX]{2,}")
 _VARIABLE_FONTS = frozenset(("mathbf", "mathit", "mathcal", "boldsymbol", "bm", "bf"))
 _VALUE_ENDS = frozenset((")", "]", "}", "\\}", "!", "%", "'", "|", "rvert", "rfloor", "rceil", "degree", "pi", "infty"))
@@ -186,15 +197,24 @@ def _text_tokens(font, content, spaced, depth, before):
         return [Token("letter", f"\\mathbf {words}" if words in "ei" else words, spaced)]
     scale, _, rest = words.partition(" ")
     if scale.lower() in units.SCALES and _ends_value(before):
-        return _scale(scale) + ([Token("text", rest.strip(), True)] if rest.strip() else [])
+        return _scale(scale) + (_dropped(rest.strip(), True) if rest.strip() else [])
+    if len(words) == 1 and words.isalpha() and words not in _LETTER_UNITS:  # 5\text{k} is no 5
+        return [Token("letter", words, spaced)] if words not in "ei" else tokenize(words, depth + 1)
     if CHOICES.fullmatch(words) and len(words) > 1 and depth == 0:  # "(B)", "B, E", "II and III"
         return tokenize(words, depth + 1)
-    if words in ("e", "i") or (len(words) == 1 and not words.isalnum()):
+    if len(words) == 1 and not words.isalnum():
         return tokenize(words, depth + 1)
     if re.search(r"\d", words) and depth == 0 and not re.search(r"[a-zA-Z]\s*\^?-?\d", words):
         return tokenize(words, depth + 1)
     if not words:
         return []
-    if _NOT_UNITS.search(words) or not re.fullmatch(r"[A-Za-zµ°/^*.\- \d()]{1,40}", words):
-        raise UnparsableError(f"text {content!r}")
+    in_subscript = "_" in [token.value for token in before[-2:]] and before[-1].value in ("_", "{")  # v_{\\text{final}}
+    return _dropped(words, spaced, as_name=not before or in_subscript)
+
+
+def _dropped(words, spaced, as_name=False):
+    """Words that carry no value: units, and what is counted. Any others are refused, unless they only name what follows."""
+    understood = as_name or (not _VARIABLE.search(words) and (units.names_a_unit(words) or _NOUN.search(words)))
+    if not understood or _NOT_UNITS.search(words) or not re.fullmatch(r"[A-Za-zµ°/^*.\- \d()]{1,40}", words):
+        raise UnparsableError(f"text {words!r}")
     return [Token("text", words, spaced)]

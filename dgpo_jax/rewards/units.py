@@ -50,7 +50,12 @@ _GROUPS = {
         hz hertz
         pa pascal pascals
         mol moles mole
-        kelvin
+        acre acres
+    """,
+    "temperature": """
+        c celsius centigrade
+        f fahrenheit
+        k kelvin
     """,
     "angle": """
         rad radian radians
@@ -92,12 +97,18 @@ _COUNTED = _words(
     "items pieces piece pairs pair digits digit sides side edges vertices marbles books cookies coins balls cards hz coulombs"
 )
 # Words that stand for units without \text{}: no single letters, and nothing that a formula may need.
-BARE = (frozenset(word for word, (group, _) in _KINDS.items() if group in ("measure", "money", "angle")) | _COUNTED) - _words(
-    "m g l s h j n w v in min up"
+BARE = (frozenset(word for word, (group, _) in _KINDS.items() if group in ("measure", "temperature", "money", "angle")) | _COUNTED) - _words(
+    "m g l s h j n w v c f k in min up"
 )
 LIKE_LETTERS = _words("mg ml nm dm ft hr yd mi oz pa kj mol deg")  # may be products: a unit only with a blank before it
-AFTER_SLASH = _words("h s m g l L N J A K C min kg")
+AFTER_SLASH = _words("h s m g l L N J W V A K C F min kg")
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+
+
+def names_a_unit(words):
+    """True if one of the words is a unit, or what is often counted; a single letter is one only in its own case."""
+    found = re.findall(r"[A-Za-zµ]+", words.replace(".", ""))
+    return any(word in AFTER_SLASH if len(word) == 1 else word.lower() in _KINDS or word.lower() in _COUNTED for word in found)
 
 
 def kinds(tokens, text=""):

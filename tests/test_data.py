@@ -97,8 +97,8 @@ def test_a_source_names_its_split():
 
 # (source, the arguments that the maker is called with)
 MADE = [
-    ("builtin:coding/test", ("test", 7, 3)),
-    ("builtin:coding", ("train", 7, 3)),
+    ("builtin:coding/test", ("test", 7, 3, "linear", 0.25, 0.5)),
+    ("builtin:coding", ("train", 7, 3, "linear", 0.25, 0.5)),
     ("gym:chain_sum/test", ("chain_sum", "test", 7, 3)),
     ("gym:chain_sum(min_terms=2,max_terms=3),gcd", ("chain_sum(min_terms=2,max_terms=3),gcd", "train", 7, 3)),
     ("gym:odd(path=a/b)", ("odd(path=a/b)", "train", 7, 3)),  # a slash among the settings is no split
@@ -114,7 +114,8 @@ def test_sources_that_are_made_get_name_split_size_and_seed(monkeypatch, source,
     for module, function in (("coding", "coding_problems"), ("gym", "gym_problems")):
         stand_in = types.SimpleNamespace(**{function: remember})
         monkeypatch.setitem(sys.modules, f"dgpo_jax.data.{module}", stand_in)
-    assert load_problems(source, size=7, seed=3)[0].source == str(expected)
+    carelessness = {"operations": "linear", "slips": 0.25, "unmarked": 0.5}  # which gym sets do not know
+    assert load_problems(source, size=7, seed=3, **carelessness)[0].source == str(expected)
 
 
 def test_there_is_one_built_in_set():

@@ -226,7 +226,7 @@ def test_dapo_draws_until_every_group_has_right_and_wrong_answers(run_of):
     run = run_of("dapo")
     for row in run.rows:
         experience, advantages = run.learned[row["iteration"]]
-        correct = by_group(experience, experience.correct)
+        correct = by_group(experience, experience.scores == 1)
         assert group_count(experience) == 8 and row["rollout/groups_filled_up"] == 0
         assert (correct.any(axis=1) & ~correct.all(axis=1)).all() and advantages.any(axis=1).all()
         assert row["rollout/responses"] == 32 * row["rollout/draws"]
@@ -234,7 +234,7 @@ def test_dapo_draws_until_every_group_has_right_and_wrong_answers(run_of):
     # Another method learns from what comes.
     assert [row["rollout/draws"] for row in run_of("dgpo").rows] == [1, 1]
     experience, _ = run_of("dgpo").learned[1]
-    assert not by_group(experience, experience.correct).any(axis=1).all()
+    assert not by_group(experience, experience.scores == 1).any(axis=1).all()
 
 
 def test_dapo_penalises_responses_that_come_close_to_the_longest(run_of):

@@ -195,6 +195,7 @@ def load(name: str, split: str, *, data_dir: str | None = None, manual_dir: str 
         raise ValueError(f"tfds:{name}: no such set; choose one of {', '.join(SETS)}.")
     if split not in SETS[name].origins:
         raise ValueError(f"tfds:{name}/{split}: no such split; choose one of {', '.join(SETS[name].origins)}.")
+    tfds.disable_progress_bar()  # a set is built in a second or two, and its bars are four lines
     builder = ProblemsBuilder(name, split, find_source(name, split, manual_dir), data_dir=data_dir)
     # No look-up in Google's bucket of prepared sets: it has none of these, and the look-up needs a network.
     settings = tfds.download.DownloadConfig(try_download_gcs=False)

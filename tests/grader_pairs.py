@@ -20,7 +20,7 @@ SAME = {
     "matrices, vectors, accents and fonts": [
         (r"\overline{AB}", r"\overline{AB}"), (r"2\bar{x}", r"\bar x \cdot 2"),
         (r"\dot{x}+\ddot{x}", r"\ddot x+\dot x"), ("(1,2)", r"\begin{pmatrix}1\\2\end{pmatrix}"),
-        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\langle 1, 2\rangle"),
+        (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\langle 1, 2\rangle"), (r"\begin{pmatrix}0\end{pmatrix}", r"\begin {bmatrix }0\end {bmatrix }"),
         (r"\begin{pmatrix} 1/2 & 0 \\ 0 & 1 \end{pmatrix}", r"\frac{1}{2}\begin{pmatrix} 1 & 0 \\ 0 & 2 \end{pmatrix}"),
         (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\left(\begin{array}{c}1\\2\end{array}\right)"), (r"\mathbf{v}", "v"),
         (r"3\mathbf{i}+4\mathbf{j}", r"4\mathbf{j}+3\mathbf{i}"),

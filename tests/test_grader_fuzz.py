@@ -171,6 +171,7 @@ SECOND_THOUGHTS = ["or 7", "and 7", "or seven", "dozen", "squared", "half", "or 
 @given(st.sampled_from(GOLDS) | ANSWERS, st.sampled_from(SECOND_THOUGHTS), st.sampled_from(["text", "mbox", "textbf", "mathrm"]))
 def test_words_that_change_a_value_or_add_another_are_never_dropped(gold, words, command):
     assume(not re.search(r"\text|[a-zA-Z]$", gold) and status(gold, gold) == "correct" and status(gold, f"0({gold})") != "correct")
+    assume(len(words) > 1 or status(gold, gold + "z") != "correct")  # 0 = 0 is 0 = 0 k
     for text in (rf"{gold}\{command}{{ {words}}}", rf"{gold} \{command}{{{words}}}"):
         assert status(gold, text) != "correct" and status(text, gold) != "correct"
 

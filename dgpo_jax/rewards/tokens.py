@@ -59,7 +59,7 @@ _COMMAND_OPS = {
 _LEXEME = re.compile(
     rf"(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{{1,3}}(?![\w.]))?)"
     rf"|(?P<text>\\(?P<font>{TEXT_COMMANDS})(?![a-zA-Z])\s*\{{(?P<content>[^{{}}]*)\}})"
-    r"|(?P<environment>\\(?:begin|end)\s*\{(?P<name>[a-z]+)\*?\})"
+    r"|(?P<environment>\\(?:begin|end)\s*\{\s*(?P<name>[a-z]+)\*?\s*\})"
     r"|(?P<command>\\[a-zA-Z]+)|(?P<word>[a-zA-Z]+)"
     r"|(?P<op>\\\\|\\[{}|]|(?<=[\d)}])!(?==)|\*\*|<=|>=|!=|==|[-+*/^_(){}\[\]|,;:=<>!%&'])"
 )

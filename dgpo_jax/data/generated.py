@@ -258,6 +258,6 @@ def split_of(key):
 
 
 def check_choice(what, value, choices):
-    """Raises ValueError, with the nearest of them, if `value` is none of the choices."""
+    """Raises ValueError, naming the choices, if `value` is none of them."""
     if value not in choices:
         raise ValueError(f"{what}: {value!r} is not one of {', '.join(choices)}; choose one of these.")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dgpo_jax.data.generated import SPLITS, TRIES, check_choice, split_of
+from dgpo_jax.data.rows import LazyProblems
 from dgpo_jax.types import Problem
 
 SOURCE = "builtin:coding"
@@ -81,7 +82,7 @@ TEMPLATES = (
 )  # fmt: skip
 
 
-class CodingProblems(Sequence):
+class CodingProblems(LazyProblems):
     """`size` problems of a split; item i is a pure function of (split, seed, i).
 
     The splits share no (template, k) pair, whatever the seeds; repeats are possible once size nears the number of pairs,
@@ -118,12 +119,8 @@ class CodingProblems(Sequence):
     def __len__(self):
         return self.size
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.size))]
-        if not -self.size <= index < self.size:
-            raise IndexError(f"problem {index} of {self.size}")
-        index %= self.size
+    def read(self, index):
+        """Problem number `index`."""
         # Goes through all pairs, in another order each time, before one comes again.
         epoch, place = divmod(index, len(self.pairs))
         order = _generator(self.seed, SPLITS.index(self.split), epoch).permutation(len(self.pairs))

@@ -5,11 +5,11 @@ scratch in a minute (`builtin:words` is its tokenizer). `words` is ordinary Engl
 """
 
 import hashlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from dgpo_jax.data.rows import LazyProblems
 from dgpo_jax.types import Problem
 
 TEST_SHARE = 8  # one in so many (template, numbers) pairs belongs to the held-out split
@@ -148,7 +148,7 @@ WORDS = Kind(
 KINDS = {"arithmetic": ARITHMETIC, "words": WORDS}
 
 
-class GeneratedProblems(Sequence):
+class GeneratedProblems(LazyProblems):
     """`size` problems of one kind; item i is a pure function of (kind, split, seed, i) and the settings below.
 
     The splits share no (template, numbers) pair, whatever the seeds, so a held-out problem is never a training
@@ -200,12 +200,8 @@ class GeneratedProblems(Sequence):
     def __len__(self):
         return self.size
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.size))]
-        if not -self.size <= index < self.size:
-            raise IndexError(f"problem {index} of {self.size}")
-        index %= self.size
+    def read(self, index):
+        """Problem number `index`."""
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence(
             [self.seed, SPLITS.index(self.split), index])))
         for _ in range(TRIES):  # one in TEST_SHARE succeeds for the held-out split

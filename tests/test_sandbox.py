@@ -238,30 +238,42 @@ def test_wall_time_is_a_backstop_for_programs_that_wait(kind):
 
 
 def test_nothing_is_left_of_a_run_that_was_cut_short(kind):
-    job = {"program": "import time\nopen('file', 'w') if 0 else 0\ntime.sleep(1000)", "inputs": [""], "fn_name": None}
-    with Run(kind, job, LIMITS) as started:
+    with Run(kind, WAITS, LIMITS) as started:
         folder, pid = started._folder, started.process.pid
-        end = time.monotonic() + 10
-        while count_threads(pid) < (3 if kind == "bubblewrap" else 2) and time.monotonic() < end:
-            time.sleep(0.02)  # until the tested program's own process is there
-        pids = [pid, *descendants(pid)]
-        assert len(pids) >= 2 and all(map(is_alive, pids))
+        pids = [pid, *wait_for_the_tested(started, kind)]
+        assert all(map(is_alive, pids))
     assert wait_until(lambda: not any(map(is_alive, pids)))
     assert folder is None or not Path(folder).exists()
 
 
 @needs_bubblewrap
 def test_bubblewrap_gives_a_program_namespaces_of_its_own():
-    job = {"program": "import time\ntime.sleep(1000)", "inputs": [""], "fn_name": None}
-    with Run("bubblewrap", job, LIMITS) as started:
-        wait_until(lambda: len(descendants(started.process.pid)) == 2)
-        tested = descendants(started.process.pid)[-1]
+    with Run("bubblewrap", WAITS, LIMITS) as started:
+        tested = wait_for_the_tested(started, "bubblewrap")[-1]
         for name in ("net", "pid", "ipc", "uts", "mnt", "user"):
             assert os.readlink(f"/proc/{tested}/ns/{name}") != os.readlink(f"/proc/self/ns/{name}")
 
 
+# The child that compiles a program ends by itself; after the first test's frame, the next child is one that waits.
+WAITS = {
+    "program": "import time\nif input() == 'wait':\n    time.sleep(1000)",
+    "inputs": ["pass", "wait"], "fn_name": None,
+}  # fmt: skip
+
+
+def wait_for_the_tested(started, kind):
+    """The processes below a run of WAITS, once the one that waits is there; it is the last."""
+    assert next(started.frames())[0] == OUTPUT
+    expected = 2 if kind == "bubblewrap" else 1
+    assert wait_until(lambda: len(descendants(started.process.pid)) == expected)
+    return descendants(started.process.pid)
+
+
 def descendants(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    try:
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except OSError:  # it ended meanwhile
+        return []
     return [int(child) for child in children] + [pid for child in children for pid in descendants(child)]
 
 
@@ -276,8 +288,8 @@ def test_a_sandbox_dies_with_the_trainer(kind):
     trainer = (
         "from dgpo_jax.rewards.sandbox import *\n"
         "import threading\n"
-        f"job = {{'program': 'import time\\ntime.sleep(1000)', 'inputs': [''], 'fn_name': None}}\n"
-        f"run = Run({kind!r}, job, Limits())\nprint(run.process.pid, run._folder or '', flush=True)\nlist(run.frames())"
+        f"run = Run({kind!r}, {WAITS!r}, Limits())\nframes = run.frames()\nnext(frames)\n"
+        "print(run.process.pid, run._folder or '', flush=True)\nlist(frames)"
     )
     with subprocess.Popen([sys.executable, "-c", trainer], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         pid, *folder = process.stdout.readline().split()

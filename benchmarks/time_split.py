@@ -3,7 +3,7 @@
     python benchmarks/time_split.py WORKDIR
 
 Prints one Markdown table of phases (seconds, share of the sum) and one of speeds (medians over iterations, without the
-first, which compiles). Compilation happens inside the phases and is listed apart.
+first, which compiles what was not compiled ahead). Compilation inside the phases is listed apart.
 """
 
 import json
@@ -11,7 +11,12 @@ import statistics
 import sys
 from pathlib import Path
 
-PHASES = ("rollout", "verify", "update", "eval")
+PHASES = ("compile_ahead", "rollout", "verify", "update", "eval")
+SPEEDS = (
+    "speed/rollout_tokens_per_second_per_device", "speed/rollout_tflops_per_device", "speed/rollout_mfu", "rollout/slots_live",
+    "speed/update_tokens_per_second_per_device", "speed/update_tflops_per_device", "speed/update_mfu", "update/packing_efficiency",
+    "time/iteration",
+)  # fmt: skip
 
 
 def main(workdir: Path) -> None:
@@ -30,10 +35,14 @@ def main(workdir: Path) -> None:
     compiling = sum(row.get("time/compile", 0.0) for row in rows)
     print(f"| compilation, inside rollout, update and eval | {compiling:.1f} | {100 * compiling / total:.0f} % |")
     print("\n| speed | median |\n|---|---|")
-    for name in ("speed/tokens_per_second_per_device", "speed/update_tokens_per_second_per_device", "time/iteration"):
-        print(f"| {name} | {statistics.median(row[name] for row in rows[2:] if name in row):.4g} |")
-    for name in ("policy/first_ratio_error", "gap/mean", "gap/max", "memory/host_peak_gib"):
-        print(f"| {name}, largest | {max(row[name] for row in rows if row.get(name) is not None):.3g} |")
+    for name in SPEEDS:
+        values = [row[name] for row in rows[2:] if row.get(name) is not None]
+        if values:
+            print(f"| {name} | {statistics.median(values):.4g} |")
+    for name in ("policy/first_ratio_error", "gap/mean", "gap/max", "memory/host_peak_gib", "memory/device_peak_gib"):
+        values = [row[name] for row in rows if row.get(name) is not None]
+        if values:
+            print(f"| {name}, largest | {max(values):.3g} |")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ Not run yet: these settings have been loaded, not trained with, so no score is p
 
 Hardware: 64 accelerators of 95 GB, such as a TPU v5p-128. That is several hosts, which this release cannot drive yet:
     the sizes are written down, the run has to wait.
-As configured, the sampler holds all 1024 responses at once; forecast per device, activations apart: 3.4 GiB of training
+The sampler decodes as many of the 1024 responses at once as fit; with all of them, per device, activations apart: 3.4 GiB of training
     state, 6.9 GiB of weights for decoding, 54 GiB of cache. The table printed at start says it for your devices.
 A checkpoint is 177 GB and two are kept. On a machine without the hub, give a folder: --config.model.path=FOLDER.
 
@@ -61,7 +61,7 @@ def get_config() -> Config:
         rollout=RolloutConfig(prompts=128, group_size=8, max_prompt=2048, max_response=16384),
         reward=RewardConfig(extract="boxed", workers=16),
         loss=LossConfig(method="dgpo", n=1.0, m=2.0),
-        update=UpdateConfig(updates=16, tokens_per_row=18432, tokens_per_device=18432, logprob_chunk=512),
+        update=UpdateConfig(updates=16, tokens_per_row=18432, tokens_per_device=18432, logprob_chunk=1024),
         optimizer=OptimizerConfig(learning_rate=1e-6, warmup_iterations=10, weight_decay=0.1, clip_norm=1.0),
         eval=EvalConfig(every=10, problems=30, samples=32, temperature=0.6),
         checkpoint=CheckpointConfig(every=10, keep=2),

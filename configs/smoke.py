@@ -29,14 +29,14 @@ def get_config() -> Config:
         iterations=20,
         model=ModelConfig(
             vocab_size=192, width=128, layers=4, heads=4, key_heads=2, head_width=32, mlp_width=512,
-            initializer_std=0.08, remat="none",
+            initializer_std=0.08, remat="full",
         ),
         data=DataConfig(
             train="generated:arithmetic/train", held_out="generated:arithmetic/test", tokenizer="builtin:words",
             template="plain", low=0, high=9, slips=0.2, unmarked=0.6,
         ),
         rollout=RolloutConfig(prompts=32, group_size=8, max_prompt=32, max_response=16),
-        update=UpdateConfig(updates=4, tokens_per_row=256, tokens_per_device=2560, logprob_chunk=256),
+        update=UpdateConfig(updates=4, tokens_per_row=128, tokens_per_device=2560, logprob_chunk=2560),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_iterations=2, beta2=0.99, weight_decay=0.0),
         sft=SftConfig(updates=220, examples=64, learning_rate=3e-3, checkpoint_every=50),
         eval=EvalConfig(every=5, problems=128, samples=8),

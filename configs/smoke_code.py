@@ -40,7 +40,7 @@ def get_config() -> Config:
             operations="linear,remainder,repeat,add_to_each", size=4000, unmarked=0.5, too_long="drop",
         ),
         rollout=RolloutConfig(prompts=16, group_size=8, max_prompt=224, max_response=160),
-        update=UpdateConfig(updates=4, tokens_per_row=384, tokens_per_device=3072, logprob_chunk=192),
+        update=UpdateConfig(updates=4, tokens_per_row=384, tokens_per_device=3072, logprob_chunk=3072),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_iterations=2, beta2=0.99, weight_decay=0.0),
         sft=SftConfig(updates=200, examples=16, learning_rate=3e-3, checkpoint_every=50),
         eval=EvalConfig(every=5, problems=64, samples=4),

@@ -47,7 +47,7 @@ def get_config() -> Config:
         ),
         rollout=RolloutConfig(prompts=8, group_size=8, max_prompt=64, max_response=48),
         reward=RewardConfig(extract="last"),
-        update=UpdateConfig(updates=4, tokens_per_row=256, tokens_per_device=512, logprob_chunk=128),
+        update=UpdateConfig(updates=4, tokens_per_row=256, tokens_per_device=512, logprob_chunk=512),
         optimizer=OptimizerConfig(learning_rate=1e-5, warmup_iterations=2, weight_decay=0.0),
         sft=SftConfig(updates=5, examples=14, learning_rate=2e-5, warmup_updates=2, log_every=1),
         eval=EvalConfig(every=5, problems=64, samples=4),

@@ -20,14 +20,21 @@ from dgpo_jax.data.problems import ProblemStream, load_problems
 from dgpo_jax.data.prompts import Template, fit_prompts
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dgpo_jax.models import Model, config_from_folder, load_parameters, resolve_folder
-from dgpo_jax.models.parameters import abstract_parameters, decays, parameter_shardings
+from dgpo_jax.models.parameters import (
+    abstract_parameters,
+    decays,
+    parameter_shardings,
+    quantise_matrices,
+    quantised_shardings,
+)
+from dgpo_jax.quantization import is_quantised
 from dgpo_jax.recipe import method_settings
 from dgpo_jax.rewards.checkers import Checkers, CodeSettings, MathSettings
 from dgpo_jax.rl.correction import Correction
 from dgpo_jax.rl.optimizer import make_optimizer
 from dgpo_jax.rl.update import LossSettings, Programs, Shardings, make_programs
 from dgpo_jax.sharding import DECODE_RULES, make_mesh, sharding_for
-from dgpo_jax.types import Problem, Prompts, Rollout, TrainBatch, TrainState
+from dgpo_jax.types import Problem, TrainBatch, TrainState
 
 
 class Actor(NamedTuple):
@@ -84,7 +91,8 @@ def build_parts(config: Config) -> Parts:
     """
     check_row_length(config)
     actor = build_actor(config)
-    check_rows(config, actor.replicas)
+    config.update.rows_per_replica(actor.mesh.shape["context"])
+    check_cache(config, actor.mesh)
     problems = build_problems(config, actor.tokenizer, actor.template)
     optimizer = make_optimizer(config.optimizer, decays(actor.model.config))
     return Parts(*actor, *problems, optimizer, build_shardings(actor.model, optimizer))
@@ -96,7 +104,7 @@ def build_actor(config: Config) -> Actor:
     Raises:
         ValueError: devices, tokenizer or model do not fit the config or each other.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**asdict(config.mesh))
     model_config, folder = config.model, ""
     if model_config.path:
         folder = str(resolve_folder(model_config.path))
@@ -121,15 +129,12 @@ def check_row_length(config: Config) -> None:
     )  # fmt: skip
 
 
-def check_rows(config: Config, replicas: int) -> None:
-    """Refuses sizes that the replicas of the mesh cannot share evenly."""
-    prompts = config.rollout.prompts_at_once
-    if prompts % replicas:
-        setting = "rollout.responses / rollout.group_size" if config.rollout.responses else "rollout.prompts"
-        raise ValueError(
-            f"{setting} is {prompts}, but mesh.data * mesh.fsdp = {replicas} replicas share the"
-            f" prompts evenly; make it a multiple of {replicas}, or use fewer devices."
-        )
+def check_cache(config: Config, mesh: Mesh) -> None:
+    """Refuses what the platform would be slower and larger with."""
+    require(
+        not (config.rollout.int8_cache and mesh.devices.flat[0].platform == "tpu"), "rollout.int8_cache", True,
+        "TPUs read the cache by kernels for bfloat16, and without these XLA copies it in every layer", "leave it off on TPUs",
+    )  # fmt: skip
 
 
 def build_tokenizer(config: Config, folder: str) -> Tokenizer:
@@ -248,20 +253,20 @@ def build_reference(parts: Parts, params):
     return jax.jit(parts.model.cast, out_shardings=parts.shardings.state.params)(params)
 
 
-def make_decode_params(parts: Actor | Parts):
-    """Returns the jitted function params -> weights cast and laid out for decoding: whole on every replica."""
-    return jax.jit(
-        parts.model.cast, out_shardings=parameter_shardings(parts.model.config, parts.mesh, DECODE_RULES)
-    )
+def make_decode_params(parts: Actor | Parts, int8: bool = False):
+    """Returns the jitted function params -> weights cast and laid out for decoding: whole on every replica.
+
+    Args:
+        int8: matrices in eight bits, all but the embedding table.
+    """
+    def quantised(params):
+        matrices = quantise_matrices(parts.model.config, params)
+        return jax.tree.map(lambda leaf: leaf if is_quantised(leaf) else parts.model.cast(leaf), matrices, is_leaf=is_quantised)
+
+    return jax.jit(quantised if int8 else parts.model.cast, out_shardings=decode_shardings(parts, int8))
 
 
-def prompt_shardings(parts: Actor | Parts) -> Prompts:
-    """Prompts are split over the replicas."""
-    rows = sharding_for(parts.mesh, ("batch", "slots"))
-    return Prompts(rows, rows)
-
-
-def rollout_shardings(parts: Actor | Parts) -> Rollout:
-    """So are responses."""
-    rows = sharding_for(parts.mesh, ("batch", "slots"))
-    return Rollout(rows, rows, rows, truncated=sharding_for(parts.mesh, ("batch",)))
+def decode_shardings(parts: Actor | Parts, int8: bool = False):
+    """Where the weights for decoding live."""
+    place = quantised_shardings if int8 else parameter_shardings
+    return place(parts.model.config, parts.mesh, DECODE_RULES)

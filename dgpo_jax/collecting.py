@@ -13,17 +13,19 @@ import numpy as np
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
 from dgpo_jax.learning import in_baseline, sampled_gap, score_responses
+from dgpo_jax.memory import choose_slots
 from dgpo_jax.metrics import MetricsWriter
 from dgpo_jax.rewarding import Rewards, count_statuses, reward_metrics, to_samples
 from dgpo_jax.rewards.checkers import Checkers
 from dgpo_jax.rl.advantages import alike
+from dgpo_jax.rl.drawing import TRAINING, Draw
 from dgpo_jax.rl.experience import by_group, group_count, join, newest, no_groups, select
 from dgpo_jax.rl.kl import kl_estimate
-from dgpo_jax.rl.sampler import TRAINING, Draw
 from dgpo_jax.rl.update import Programs
-from dgpo_jax.rollout import Responses, build_sampling, join_responses, make_rollout, to_rows
+from dgpo_jax.rollout import Responses, build_sampling, make_rollout, to_rows
 from dgpo_jax.session import Stopwatch
-from dgpo_jax.types import Experience, Verdict
+from dgpo_jax.speed import rollout_work
+from dgpo_jax.types import Experience, Problem, Verdict
 
 
 class Backlog(NamedTuple):
@@ -55,8 +57,15 @@ def nothing_drawn(config: Config) -> Backlog:
     return Backlog(0, no_groups(config.rollout.max_prompt, config.rollout.max_response))
 
 
+def build_rollout(config: Config, parts: Parts):
+    """`rollout.make_rollout` as the config wants it."""
+    settings = config.rollout
+    sampling = build_sampling(parts, settings)
+    return make_rollout(parts, sampling, settings.max_prompt, choose_slots(config, parts), settings.int8_cache)
+
+
 def make_collect(
-    config: Config, parts: Parts, programs: Programs, decode_params, checkers: Checkers, reward, writer: MetricsWriter, reference
+    config: Config, parts: Parts, programs: Programs, rollout, decode_params, checkers: Checkers, reward, writer: MetricsWriter, reference
 ):  # fmt: skip
     """Returns the function (params, Backlog, iteration, Stopwatch) -> (Experience of Q groups, Backlog, metrics).
 
@@ -64,23 +73,24 @@ def make_collect(
     killed and goes on takes the same.
 
     Args:
+        rollout: from `build_rollout`.
+        decode_params: from `build.make_decode_params`, for the rollout.
         reward: from `rewarding.make_rewards`.
         reference: params of the weights that the run started from; read only by a KL in the reward.
     """
     settings = config.rollout
-    sampling = build_sampling(parts, settings)
-    rollout = make_rollout(parts, sampling, settings.max_prompt)
     wanted = settings.prompts * (1 + settings.staleness)
 
     def draw(params, weights, position: int, key: Draw, stopwatch: Stopwatch) -> Checked:
-        turns, tickets = [], []
-        for start in range(0, settings.prompts, settings.prompts_at_once):
-            with stopwatch("rollout"):
-                problems = parts.stream.take(position + start, settings.prompts_at_once)
-                turns.append(rollout(weights, problems, key._replace(first_prompt=key.first_prompt + start)))
-            tickets += [checkers.submit(*answer) for answer in turns[-1].answers()]  # judged while the next turn is decoded
+        tickets = [None] * (settings.prompts * settings.group_size)
+
+        def submit(row: int, problem: Problem, text: str) -> None:  # judged while other responses are decoded
+            tickets[row] = checkers.submit(problem, text)
+
+        with stopwatch("rollout"):
+            responses = rollout(weights, parts.stream.take(position, settings.prompts), key, submit)
         with stopwatch("verify"):
-            responses, verdicts = join_responses(turns), checkers.gather(tickets)
+            verdicts = checkers.gather(tickets)
             worth = reward(responses, verdicts)
         experience = to_experience(config, responses, worth, key.iteration)
         if not config.kl.in_reward:
@@ -118,7 +128,8 @@ def make_collect(
         waiting = join(waiting, newest(unused, missing))
         chosen = select(waiting, range(settings.prompts))
         backlog = Backlog(position, select(waiting, range(settings.prompts, group_count(waiting))))
-        return chosen, backlog, draw_metrics(config, draws) | gap | {
+        work = rollout_work(parts, [checked.experience for checked in draws])
+        return chosen, backlog, draw_metrics(config, draws) | work | gap | {
             "data/position": position,
             "rollout/draws": len(draws),
             "rollout/groups_filled_up": missing,
@@ -173,6 +184,7 @@ def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:
         "rollout/prompt_length": float(np.mean([experience.prompts.mask.sum(axis=1) for experience in experiences])),
         "rollout/truncated": float(np.mean([rollout.truncated for rollout in rollouts])),
         "rollout/tokens": float(length.sum()),
+        "rollout/slots_live": float(length.sum() / sum(checked.responses.row_steps for checked in draws)),
         # Of all responses, in nats per token; policy/entropy is of those learned from.
         "rollout/entropy": float(-logprobs / length.sum()),
     }

@@ -14,6 +14,7 @@ import hashlib
 import importlib.util
 import json
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -49,8 +50,8 @@ class ModelConfig:
     norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     initializer_std: float = 0.02  # of random weights
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of the arithmetic; auto = bfloat16 on accelerators, float32 on CPU. Master weights are float32 always
-    remat: Literal["none", "dots", "full"] = "full"  # what the backward pass computes again: nothing, all but matrix products, or everything
-    attention: Literal["auto", "plain", "chunked"] = "auto"  # plain holds the whole score matrix, chunked a block of query rows at a time
+    remat: Literal["none", "dots", "full", "offload"] = "full"  # what the backward pass computes again: nothing, all but matrix products, or everything; offload = everything, and layer inputs wait in the host's memory
+    attention: Literal["auto", "plain", "chunked", "splash", "triton"] = "auto"  # splash = TPU kernel, triton = GPU kernel, chunked = a block of query rows at a time, plain = the whole score matrix; auto = the platform's kernel, on CPU plain or chunked by size
     attention_chunk: int = 512  # query rows in a block, for chunked
 
     def __post_init__(self):
@@ -70,9 +71,10 @@ class MeshConfig:
     data: int = -1  # replicas that hold their own copy of the weights
     fsdp: int = 1  # devices that weights, moments and rows are split over
     tensor: int = 1  # devices that heads, feed-forward width and vocabulary are split over; at most key_heads
+    context: int = 1  # devices that the tokens of each packed row are split over, for rows too long for one; they decode rows of their own
 
     def __post_init__(self):
-        sizes = (self.data, self.fsdp, self.tensor)
+        sizes = (self.data, self.fsdp, self.tensor, self.context)
         require(all(size == -1 or size > 0 for size in sizes), "mesh", sizes, "an axis is positive, or -1 for the rest", "change it")
         require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis can take what is left", "give the others a size")
 
@@ -111,7 +113,9 @@ class RolloutConfig:
     temperature: float = 1.0  # logits are divided by it, in sampler and trainer alike
     top_p: float = 1.0  # sample from the smallest set of tokens with this much probability; 1 = off
     top_k: int = 0  # sample from the k likeliest tokens; 0 = off
-    responses: int = 0  # decoded at once, whole groups; those of one turn are checked while the next is decoded; 0 = all
+    slots: int = 0  # responses decoded at once; one that ends gives its slot to the next that waits; 0 = all, or as many as fit an accelerator's memory
+    int8_weights: bool = False  # sample with matrices in eight bits: half the memory traffic of bfloat16, and a gap to the trainer, see gap/mean
+    int8_cache: bool = False  # keep keys and values in eight bits: twice the slots; the same gap. For both see correction.*
     dynamic_sampling: bool | None = None  # draw prompts until Q groups have right and wrong answers (DAPO); None = as the method was published
     max_draws: int = 10  # dynamic sampling: of Q prompts each, for every Q groups that are missing; then groups without both fill up
     staleness: int = 0  # iterations between sampling and learning, less where dynamic sampling reaches its cap; 0 = learn at once
@@ -123,22 +127,11 @@ class RolloutConfig:
             self.group_size >= 2, "rollout.group_size", self.group_size,
             "an advantage compares a response with others of its group", "give at least 2",
         )  # fmt: skip
-        all_of_them = self.prompts * self.group_size
-        require(
-            self.responses == 0 or (self.responses in range(0, all_of_them + 1, self.group_size) and all_of_them % self.responses == 0),
-            "rollout.responses", self.responses,
-            f"it is whole groups of {self.group_size} and divides the {all_of_them} responses of a rollout",
-            "give 0 for all, or such a number",
-        )  # fmt: skip
+        require(self.slots >= 0, "rollout.slots", self.slots, "it counts responses", "give 0 to have it chosen")
         require(self.temperature > 0, "rollout.temperature", self.temperature, "training samples at random", "give more than 0")
         require(0 < self.top_p <= 1, "rollout.top_p", self.top_p, "it is a share of probability", "give more than 0, at most 1")
         require(self.top_k >= 0, "rollout.top_k", self.top_k, "it counts tokens", "give 0 for off")
         require(self.staleness >= 0, "rollout.staleness", self.staleness, "it counts iterations", "give 0 to learn at once")
-
-    @property
-    def prompts_at_once(self) -> int:
-        """Prompts whose responses are decoded together."""
-        return self.responses // self.group_size or self.prompts
 
 
 @dataclass(frozen=True)
@@ -293,18 +286,31 @@ class UpdateConfig:
 
     updates: int = 4  # optimizer steps per iteration, each on its own share of the groups; with 1 every method is the same
     tokens_per_row: int = 1024  # T, length of a packed row; at least max_prompt + max_response
-    tokens_per_device: int = 2048  # in one microbatch, a multiple of tokens_per_row; more is faster until memory is full
-    logprob_chunk: int = 512  # tokens of a row whose vocabulary logits are held at once
+    tokens_per_device: int = 2048  # in one microbatch, whole rows over the mesh.context devices that share one; more is faster until memory is full
+    logprob_chunk: int = 1024  # response tokens of a device whose vocabulary logits are held at once
     old_logprobs: Literal["trainer", "sampler"] = "trainer"  # trainer = one more forward pass, the first ratio is exactly 1; sampler = the rollout's own
 
     def __post_init__(self):
-        for name in ("updates", "tokens_per_row", "logprob_chunk"):
+        for name in ("updates", "tokens_per_row", "tokens_per_device", "logprob_chunk"):
             require(getattr(self, name) > 0, f"update.{name}", getattr(self, name), "it counts something", "give at least 1")
+
+    def rows_per_replica(self, context: int) -> int:
+        """Packed rows of one microbatch, where so many devices share each row.
+
+        Raises:
+            ValueError: rows or microbatches that these devices cannot share.
+        """
         require(
-            self.tokens_per_device > 0 and self.tokens_per_device % self.tokens_per_row == 0,
-            "update.tokens_per_device", self.tokens_per_device,
-            f"a microbatch is whole rows of {self.tokens_per_row} tokens", "make it a multiple of update.tokens_per_row",
+            context == 1 or self.tokens_per_row % (2 * context) == 0, "update.tokens_per_row", self.tokens_per_row,
+            f"a row is cut into two pieces for each of mesh.context = {context} devices", f"make it a multiple of {2 * context}",
         )  # fmt: skip
+        tokens = self.tokens_per_device * context
+        shared = f" times mesh.context = {context}" if context > 1 else ""
+        require(
+            tokens % self.tokens_per_row == 0, "update.tokens_per_device", self.tokens_per_device,
+            f"a microbatch{shared} is whole rows of {self.tokens_per_row} tokens", "make it a multiple of update.tokens_per_row",
+        )  # fmt: skip
+        return tokens // self.tokens_per_row
 
 
 @dataclass(frozen=True)
@@ -421,6 +427,8 @@ class Config:
     name: str = "run"  # of the run; the default workdir is runs/NAME-HASH
     seed: int = 0  # of weights, data order and sampling
     iterations: int = 100  # each is one rollout and the updates made from it
+    profile: str = ""  # iterations to trace into workdir/profile, such as '3,5-6'; '' = none
+    peak_tflops: float = 0.0  # of one device, 1e12 FLOP/s, that MFU is a share of; 0 = the chip's own figure, and no MFU where the chip is not in dgpo_jax/hardware.py
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -440,6 +448,13 @@ class Config:
     def __post_init__(self):
         require(self.iterations >= 0, "iterations", self.iterations, "it counts iterations", "give 0 for the warm start only")
         require(0 <= self.seed < 2**31, "seed", self.seed, "random keys take 31 bits", "give 0 to 2147483647")
+        require(
+            parse_iterations(self.profile) is not None, "profile", self.profile, "it names iterations, from 1 on and in order within a range",
+            "give numbers and ranges with commas between them, such as '3,5-6', or '' for none",
+        )  # fmt: skip
+        require(0 <= self.peak_tflops < math.inf, "peak_tflops", self.peak_tflops, "it is a rate in 1e12 FLOP/s", "give 0 for the chip's own")
+        if self.mesh.context > 0:  # else it is known with the devices
+            self.update.rows_per_replica(self.mesh.context)
         require(
             self.rollout.prompts % self.update.updates == 0, "update.updates", self.update.updates,
             f"each update takes an equal share of the {self.rollout.prompts} groups", "make it a divisor of rollout.prompts",
@@ -462,10 +477,22 @@ class Config:
 
 # Settings that change how a run is carried out, not what it computes: a checkpoint goes on under another value.
 MAY_CHANGE = (
-    "iterations", "mesh", "checkpoint", "update.tokens_per_device", "reward.workers", "reward.deadline_s",
+    "iterations", "mesh", "checkpoint", "rollout.slots", "update.tokens_per_device", "reward.workers", "reward.deadline_s",
     "reward.memory_mb", "code.workers", "eval.every", "eval.responses", "prepare", "data.data_dir", "data.manual_dir",
-    "sft.checkpoint_every",
+    "sft.checkpoint_every", "profile", "peak_tflops",
 )  # fmt: skip
+
+
+def parse_iterations(text: str) -> tuple[range, ...] | None:
+    """'3,5-6' -> (range(3, 4), range(5, 7)); '' names none; None if the text is not of that form."""
+    ranges = []
+    for part in text.replace(" ", "").split(",") if text.strip() else ():
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part, re.ASCII)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not 1 <= first <= last:
+            return None
+        ranges.append(range(first, last + 1))
+    return tuple(ranges)
 
 
 def flatten(config: Config | dict) -> dict:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import numpy as np
 
 from dgpo_jax.data.tokenizers import Tokenizer
-from dgpo_jax.rl.sampler import EVALUATION, Draw, Sampling, make_sampler
-from dgpo_jax.sharding import to_device, to_host
+from dgpo_jax.rl.drawing import EVALUATION, Draw, Sampling
+from dgpo_jax.rl.sampler import make_sampler
 from dgpo_jax.types import Prompts
 
 PROMPT_BLOCK = 64  # prompt slots come in multiples of this, so that similar prompts share a compiled program
@@ -47,8 +47,8 @@ def generate(
     tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer(tokenizer, "tokenizer")
     padded = pad_prompts([[*tokenizer.text_start, *tokenizer.encode(text)] for text in prompts], tokenizer.pad_id)
     sampling = Sampling(group_size, max_response, tokenizer.stop_ids, tokenizer.pad_id, temperature, top_p, top_k)
-    draw = Draw(*(np.int32(number) for number in (seed, EVALUATION, 0, 0, 0)))
-    rollout = to_host(_sampler(model, sampling)(model.cast(params), to_device(padded), to_device(draw)))
+    sampler = _sampler(model, sampling, len(prompts) * group_size, padded.tokens.shape[1])
+    rollout = sampler(model.cast(params), padded, Draw(seed, EVALUATION, 0, 0)).rollout
     responses = [
         Response(
             tokenizer.decode(rollout.response[row][mask], skip_special=True),
@@ -62,8 +62,8 @@ def generate(
 
 
 @functools.lru_cache(maxsize=8)
-def _sampler(model, sampling: Sampling):
-    return make_sampler(model, sampling)
+def _sampler(model, sampling: Sampling, slots: int, max_prompt: int):
+    return make_sampler(model, sampling, slots=slots, max_prompt=max_prompt)
 
 
 def pad_prompts(encoded: list[list[int]], pad_id: int) -> Prompts:

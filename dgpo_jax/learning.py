@@ -1,7 +1,7 @@
 """What an iteration learns from its experience: advantages to packed rows to optimizer steps to figures."""
 
-import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,17 @@ from dgpo_jax.rl.aggregation import token_weights
 from dgpo_jax.rl.experience import by_group, group_count, group_size, lengths
 from dgpo_jax.rl.losses import Regions
 from dgpo_jax.rl.optimizer import learning_rate
-from dgpo_jax.rl.packing import pack, split_groups, to_examples, unpack
+from dgpo_jax.rl.packing import (
+    Example,
+    Layout,
+    Shape,
+    fill,
+    lay_out,
+    packing_metrics,
+    split_groups,
+    to_examples,
+    unpack,
+)
 from dgpo_jax.rl.update import LOSS_MAXIMA, LOSS_SUMS, Programs, StepFigures, Totals, take_update
 from dgpo_jax.sharding import to_device, to_host
 from dgpo_jax.types import Experience, TrainBatch, TrainState
@@ -33,26 +43,24 @@ def learn(
     Returns:
         (TrainState, metrics).
     """
-    began = time.perf_counter()
-    minibatches = make_minibatches(config, parts, experience, advantages, iteration)
-    packed = sum(batch.tokens.size for batches in minibatches for batch in batches)
-    minibatches, gaps = complete_minibatches(config, parts, programs, state.params, reference, minibatches)
+    plans = plan_minibatches(config, parts, experience, advantages, iteration)
+    minibatches, gaps = complete_minibatches(config, parts, programs, state.params, reference, plans)
     rate = to_device(np.float32(learning_rate(config.optimizer, iteration - 1)), parts.shardings.scalar)
     results = []
     for batches in minibatches:
         state, totals, figures = take_update(programs, state, batches, rate)
         results.append((totals, figures))
     results, gaps, rate = to_host((results, gaps, rate))
-    seconds = time.perf_counter() - began
+    layouts = [plan.layout for plan in plans]
     for _, figures in results:
         skipped = skipped + 1 if figures.skipped else 0
     fresh = bool((experience.iteration == iteration).all())
     terms = {"kl_ref": config.kl.in_loss, "supervised": config.loss.supervised > 0}
-    metrics = policy_metrics(results, fresh, [name for name, used in terms.items() if used]) | gap_metrics(gaps) | {
+    metrics = policy_metrics(results, fresh, [name for name, used in terms.items() if used])
+    metrics |= gap_metrics(gaps) | packing_metrics(layouts) | {
         "optim/skipped_in_a_row": skipped,
         "optim/learning_rate": float(rate),
-        "update/microbatches": sum(len(batches) for batches in minibatches),
-        "speed/update_tokens_per_second_per_device": packed / seconds / parts.mesh.size,
+        "update/microbatches": sum(layout.batches for layout in layouts),
     }
     return state, metrics
 
@@ -87,15 +95,22 @@ def to_compute(config: Config, experience: Experience, advantages: np.ndarray) -
     return wanted & in_loss(config, experience)
 
 
-def make_minibatches(config: Config, parts: Parts, experience: Experience, advantages, iteration) -> list[list[TrainBatch]]:
-    """The packed microbatches of each update, on the host.
+class Plan(NamedTuple):
+    """The sequences of one update and where they go."""
+
+    examples: list[Example]
+    layout: Layout
+
+
+def plan_minibatches(config: Config, parts: Parts, experience: Experience, advantages, iteration) -> list[Plan]:
+    """What each update learns from.
 
     A response that is not computed for want of an advantage still counts in what the loss is divided by: leaving it
     out would make an update the larger the fewer groups it learns from.
     """
     length, counted = lengths(experience), in_loss(config, experience)
     right, computed = counted & (experience.scores == 1), to_compute(config, experience, advantages)
-    minibatches = []
+    plans = []
     for groups in split_groups(group_count(experience), config.update.updates, config.seed, iteration):
         members = np.zeros((group_count(experience), group_size(experience)), bool)
         members[groups] = True
@@ -104,24 +119,41 @@ def make_minibatches(config: Config, parts: Parts, experience: Experience, advan
         supervised = config.loss.supervised * token_weights(length, right & members, "token-mean", 1)
         rows = np.flatnonzero(computed & members)
         examples = to_examples(experience, rows, advantages.reshape(-1), weights, supervised)
-        minibatches.append(pack(examples, **row_shape(config, parts), pad_id=parts.tokenizer.pad_id))
-    return minibatches
+        plans.append(Plan(examples, lay_out(examples, packing_shape(config, parts))))
+    return plans
+
+
+def microbatches(parts: Parts, plan: Plan) -> Iterator[TrainBatch]:
+    """The packed microbatches of an update, on the host, each made when it is asked for."""
+    return fill(plan.examples, plan.layout, pad_id=parts.tokenizer.pad_id)
 
 
 def row_shape(config: Config, parts: Parts) -> dict[str, int]:
     """Rows of a microbatch over all devices, and tokens of a row, as `pack` takes them."""
-    rows = config.update.tokens_per_device // config.update.tokens_per_row * parts.replicas
+    rows = config.update.rows_per_replica(parts.mesh.shape["context"]) * parts.replicas
     return {"rows": rows, "tokens_per_row": config.update.tokens_per_row}
 
 
-def complete_minibatches(config: Config, parts: Parts, programs: Programs, params, reference, minibatches):
-    """Brings the batches to the device, with all log-probabilities that the loss needs.
+def packing_shape(config: Config, parts: Parts) -> Shape:
+    """The same, with what the replicas are to share evenly."""
+    model = parts.model.config
+    # In multiplications: two for a query and a key, once for its logit and once for its value, and half of the pairs.
+    attention = model.layers * model.heads * model.head_width / (model.width * model.vocab_size)
+    return Shape(**row_shape(config, parts), devices=parts.replicas, attention=attention)
+
+
+def complete_minibatches(config: Config, parts: Parts, programs: Programs, params, reference, plans: Sequence[Plan]):
+    """Brings the microbatches to the device, with all log-probabilities that the loss needs.
+
+    Nothing here waits for the device: while it scores one microbatch, the next is packed.
 
     Args:
         params: that sampled those responses whose old_logprobs are missing.
         reference: as in `learn`.
     Returns:
-        (minibatches, list of Totals of the gap to the sampler's; empty under update.old_logprobs='sampler').
+        (per update a list of TrainBatches on the device, list of Totals of the gap to the sampler's). Under
+        update.old_logprobs='sampler' nothing has to be scored before the first update: then the first is an iterator,
+        which packs for an update when it is asked for, and the second stays empty.
     """
     gaps = []
 
@@ -138,7 +170,8 @@ def complete_minibatches(config: Config, parts: Parts, programs: Programs, param
         gaps.append(gap)
         return batch
 
-    return [[complete(batch) for batch in batches] for batches in minibatches], gaps
+    completed = ([complete(batch) for batch in microbatches(parts, plan)] for plan in plans)
+    return completed if config.update.old_logprobs == "sampler" else list(completed), gaps
 
 
 def score_waiting(config: Config, parts: Parts, programs: Programs, params, waiting: Experience) -> Experience:
@@ -163,10 +196,10 @@ def score_responses(config: Config, parts: Parts, programs: Programs, params, ex
     """
     nothing = np.zeros(len(experience.rewards))
     examples = to_examples(experience, rows, nothing, nothing, nothing)
-    batches = pack(examples, **row_shape(config, parts), pad_id=parts.tokenizer.pad_id)
-    on_device = [programs.score(params, to_device(batch, parts.shardings.batch)) for batch in batches]
+    plan = Plan(examples, lay_out(examples, packing_shape(config, parts)))
+    on_device = [programs.score(params, to_device(batch, parts.shardings.batch)) for batch in microbatches(parts, plan)]
     logprobs = np.full_like(experience.old_logprobs, np.nan)
-    for row, values in zip(rows, unpack(to_host(on_device), examples, **row_shape(config, parts)), strict=True):
+    for row, values in zip(rows, unpack(to_host(on_device), *plan), strict=True):
         logprobs[row, : len(values)] = values
         if np.isnan(values).any():  # NaN would mean "not scored yet"
             raise ValueError("the weights give NaN as a log-probability; go back to an older checkpoint, or lower optimizer.learning_rate.")
@@ -179,10 +212,11 @@ def sampled_gap(config: Config, parts: Parts, programs: Programs, params, experi
     Args:
         params: the weights that sampled.
     """
-    rows, nothing = np.arange(len(experience.rewards)), np.zeros(len(experience.rewards))
+    nothing = np.zeros(len(experience.rewards))
     unscored = experience._replace(old_logprobs=np.full_like(experience.old_logprobs, np.nan))
-    examples = to_examples(unscored, rows, nothing, nothing, nothing)
-    batch = pack(examples, **row_shape(config, parts), pad_id=parts.tokenizer.pad_id)[0]
+    examples = to_examples(unscored, np.arange(len(nothing)), nothing, nothing, nothing)
+    plan = Plan(examples, lay_out(examples, packing_shape(config, parts)))
+    batch = next(microbatches(parts, plan))  # the one that costs most; the others are not even packed
     batch = to_device(batch, parts.shardings.batch)
     return gap_metrics(to_host([programs.complete(batch, programs.score(params, batch))[1]]))
 

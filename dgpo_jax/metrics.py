@@ -43,7 +43,7 @@ CONSOLE_COLUMNS = (
     Column("policy/clipped", "clip%", ".2f", 100.0),
     Column("optim/grad_norm", "grad norm", ".3g"),
     Column("time/iteration", "seconds", ".1f"),
-    Column("speed/tokens_per_second_per_device", "tokens/s", ".0f"),
+    Column("speed/rollout_tokens_per_second_per_device", "tokens/s", ".0f"),
 )
 WARM_START_COLUMNS = (
     Column("sft/loss", "loss", ".4f"),
@@ -51,7 +51,7 @@ WARM_START_COLUMNS = (
     Column("optim/grad_norm", "grad norm", ".3g"),
     Column("optim/learning_rate", "rate", ".2g"),
     Column("time/update", "seconds", ".2f"),
-    Column("speed/tokens_per_second_per_device", "tokens/s", ".0f"),
+    Column("speed/update_tokens_per_second_per_device", "tokens/s", ".0f"),
 )
 HEADER_EVERY = 20  # lines
 TEXTS = re.compile(r"iteration_(\d+)\.jsonl")  # in rollouts/ and eval/

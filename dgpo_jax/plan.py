@@ -1,9 +1,14 @@
 """The sizes that follow from a config, printed before anything is computed."""
 
+import os
 from pathlib import Path
+
+import jax
 
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
+from dgpo_jax.flags import VARIABLES
+from dgpo_jax.memory import choose_slots, forecast_memory
 from dgpo_jax.models.parameters import parameter_count
 from dgpo_jax.recipe import PRESETS, ignored, method_settings, preset_choices
 from dgpo_jax.session import say, say_prompt
@@ -27,14 +32,15 @@ def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[
     """(name, value) of everything derived; sizes in tokens unless they say otherwise. Arguments as in `print_plan`."""
     rollout, update, model = config.rollout, config.update, parts.model.config
     responses = rollout.prompts * rollout.group_size
-    rows = update.tokens_per_device // update.tokens_per_row
+    rows = update.rows_per_replica(parts.mesh.shape["context"])
     weights = parameter_count(model)
     settings = ", ".join(f"{name} {value}" for name, value in method_settings(config).items())
     mesh = ", ".join(f"{axis} {size}" for axis, size in parts.mesh.shape.items())
     dropped = f", {parts.dropped} dropped as longer than {rollout.max_prompt} tokens" if parts.dropped else ""
     benchmarks = "".join(f", {len(problems)} of {name}" for name, problems in parts.benchmarks.items())
     too_long = "".join(f", {count} of {name} too long to be asked: they count as wrong" for name, count in parts.unasked.items())
-    turns = f", {rollout.responses} at a time" if rollout.responses else ""
+    slots = choose_slots(config, parts)
+    turns = f", {slots} at a time" if slots < responses else ""
     device = parts.mesh.devices.flat[0]
     return [
         ("devices", f"{parts.mesh.size} x {device.device_kind} ({mesh})"),
@@ -51,7 +57,8 @@ def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[
         ("an update", f"{rollout.prompts // update.updates} groups = {responses // update.updates} responses"),
         ("a microbatch", f"{rows} rows of {update.tokens_per_row} on each of {parts.replicas} replicas"),
         ("the run", f"{config.sft.updates} supervised updates, then {config.iterations} iterations"),
-        ("memory", memory_line(config, parts)),
+        ("memory", memory_line(config, parts, slots)),
+        ("compiler", compiler_line(device.platform)),
     ]  # fmt: skip
 
 
@@ -89,19 +96,26 @@ def recipe_line(config: Config) -> str:
     return ", ".join([f"{loss.advantage} advantages", loss.aggregation, *(text for text, on in switched_on.items() if on)])
 
 
-def memory_line(config: Config, parts: Parts) -> str:
-    """What the large arrays take on one device, in GiB: a forecast of what is certain, activations not included."""
-    model, rollout = parts.model.config, config.rollout
-    split = parts.mesh.shape["fsdp"] * parts.mesh.shape["tensor"]
-    bytes_per_number = parts.model.compute_dtype.itemsize
-    state = 4 * 4 * parameter_count(model) / split  # weights, two moments, gradient sum; all f32
-    decode = bytes_per_number * parameter_count(model) / parts.mesh.shape["tensor"]
-    rows = rollout.prompts_at_once * rollout.group_size / parts.replicas
-    slots = rollout.max_prompt + rollout.max_response
-    heads = model.key_heads / parts.mesh.shape["tensor"]
-    reference = bytes_per_number * parameter_count(model) / split if config.kl.coefficient else 0
-    cache = 2 * bytes_per_number * model.layers * rows * slots * heads * model.head_width
-    return (
-        f"per device {state / 2**30:.2f} GiB training state, {decode / 2**30:.2f} GiB decoding weights,"
-        f" {cache / 2**30:.2f} GiB cache" + (f", {reference / 2**30:.2f} GiB reference" if reference else "")
-    )
+def compiler_line(platform: str) -> str:
+    """Where compiled programs are kept between runs, and the flags that XLA gets: ours (`flags.py`) and the user's."""
+    cache = jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+    flags = os.environ.get(VARIABLES.get(platform, "XLA_FLAGS"), "").split()
+    shown = " ".join(flag for flag in flags if not flag.startswith("--undefok"))
+    return f"keeps programs in {cache or 'memory only'}, {shown or 'no flags'}"
+
+
+def memory_line(config: Config, parts: Parts, slots: int) -> str:
+    """What the large arrays take on one device, in GiB: a forecast of what is certain, activations not included.
+
+    Args:
+        slots: responses decoded at once, over all replicas.
+    """
+    need = forecast_memory(config, parts)
+    replicas = parts.mesh.size / parts.mesh.shape["tensor"]
+    sizes = {
+        "training state": need.state + need.gradients,
+        "decoding weights": need.decode,
+        "cache and logits": need.slot * slots / replicas,
+        "reference": need.reference,
+    }
+    return "per device " + ", ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in sizes.items() if size)

@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
-from dgpo_jax.build import Actor, Parts, prompt_shardings, rollout_shardings
+from dgpo_jax.build import Actor, Parts
 from dgpo_jax.data.prompts import encode_prompts
-from dgpo_jax.rl.sampler import Draw, Sampling, make_sampler
-from dgpo_jax.sharding import to_device, to_host
+from dgpo_jax.rl.drawing import Draw, Sampling
+from dgpo_jax.rl.sampler import make_sampler
 from dgpo_jax.types import Problem, Prompts, Rollout, Verdict
+
+OnAnswer = Callable[[int, Problem, str], object]
 
 
 class Responses(NamedTuple):
@@ -21,6 +22,7 @@ class Responses(NamedTuple):
     rollout: Rollout
     texts: list[str]  # B, special tokens left out
     openings: list[str]  # Q, what the prompt began of the response: "<think>" or nothing
+    row_steps: int = 0  # as in `sampler.Sampled`
 
     @property
     def group_size(self) -> int:
@@ -44,40 +46,35 @@ class Responses(NamedTuple):
         ]
 
 
-def join_responses(turns: Sequence[Responses]) -> Responses:
-    """One after the other."""
-    if len(turns) == 1:
-        return turns[0]
-    return Responses(
-        [problem for turn in turns for problem in turn.problems],
-        Prompts(*(np.concatenate(arrays) for arrays in zip(*(turn.prompts for turn in turns), strict=True))),
-        Rollout(*(np.concatenate(arrays) for arrays in zip(*(turn.rollout for turn in turns), strict=True))),
-        [text for turn in turns for text in turn.texts],
-        [opening for turn in turns for opening in turn.openings],
-    )
+def make_rollout(
+    parts: Actor | Parts, sampling: Sampling, max_prompt: int, slots: int, int8_cache: bool = False
+) -> Callable[..., Responses]:
+    """Returns the function (decode params, Q problems, Draw of ints, on_answer=None) -> Responses.
 
+    `on_answer` is called with (row, problem, text as the checkers take it) as soon as a response has ended, while others
+    are still being sampled.
 
-def make_rollout(parts: Actor | Parts, sampling: Sampling, max_prompt: int) -> Callable[..., Responses]:
-    """Returns the function (decode params, Q problems, Draw of ints) -> Responses.
-
-    Q must be the same in every call, and a multiple of the replicas: another size is another program.
+    Args:
+        slots: responses decoded at once.
+        int8_cache: keep keys and values in eight bits.
     """
-    scalar = NamedSharding(parts.mesh, PartitionSpec())
-    sample = make_sampler(parts.model, sampling, out_shardings=rollout_shardings(parts))
+    sampler = make_sampler(parts.model, sampling, slots=slots, max_prompt=max_prompt, int8_cache=int8_cache)
+    tokenizer, size = parts.tokenizer, sampling.group_size
 
-    def rollout(params, problems: Sequence[Problem], draw: Draw) -> Responses:
-        prompts = encode_prompts(problems, parts.tokenizer, parts.template, max_prompt)
-        on_device = to_device(prompts, prompt_shardings(parts))
-        numbers = to_device(Draw(*(np.int32(number) for number in draw)), scalar)
-        result = to_host(sample(params, on_device, numbers))
-        texts = [
-            parts.tokenizer.decode(tokens[mask], skip_special=True)
-            for tokens, mask in zip(result.response, result.response_mask, strict=True)
-        ]
-        openings = [parts.template.opening(problem.problem, parts.tokenizer) for problem in problems]
-        return Responses(problems, prompts, result, texts, openings)
+    def rollout(params, problems: Sequence[Problem], draw: Draw, on_answer: OnAnswer | None = None) -> Responses:
+        prompts = encode_prompts(problems, tokenizer, parts.template, max_prompt)
+        openings = [parts.template.opening(problem.problem, tokenizer) for problem in problems]
+        texts = [""] * (len(problems) * size)
 
-    rollout.sample = sample  # so that a test can count its compilations
+        def finished(row: int, tokens: np.ndarray) -> None:
+            texts[row] = tokenizer.decode(tokens, skip_special=True)
+            if on_answer is not None:
+                on_answer(row, problems[row // size], openings[row // size] + texts[row])
+
+        sampled = sampler(params, prompts, draw, finished)
+        return Responses(problems, prompts, sampled.rollout, texts, openings, sampled.row_steps)
+
+    rollout.sampler = sampler
     return rollout
 
 

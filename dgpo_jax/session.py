@@ -16,6 +16,7 @@ from dgpo_jax.data.problems import fingerprint
 from dgpo_jax.data.prompts import Template
 from dgpo_jax.data.tokenizers import Tokenizer
 from dgpo_jax.files import write_whole
+from dgpo_jax.flags import set_flags
 from dgpo_jax.types import Problem
 
 CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
@@ -32,6 +33,7 @@ def run_command(program: str, description: str, story: Callable[..., object], op
         options: see `config.parse_command`.
     """
     config, workdir, chosen = parse_command(sys.argv[1:], program=program, description=description, options=options)
+    set_flags()  # before anything starts JAX's backend, which reads them once
     use_compilation_cache()
     try:
         if options is NoOptions:
@@ -127,6 +129,8 @@ def say_prompt(problem: Problem, template: Template, tokenizer: Tokenizer) -> No
 class Stopwatch:
     """Seconds of the parts of an iteration: `with stopwatch("rollout"): ...` adds to time/rollout.
 
+    As a context manager it counts the seconds of compilation too. A trace shows the parts by their names.
+
     Args:
         show: told the name of each part as it begins, for a progress bar.
     """
@@ -135,7 +139,13 @@ class Stopwatch:
         self.show = show
         self.seconds: dict[str, float] = {}
         self._compiling = 0.0
+
+    def __enter__(self):
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        return self
+
+    def __exit__(self, *exception):
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def _on_event(self, event: str, seconds: float, **_):
         if event == "/jax/core/compile/backend_compile_duration":
@@ -146,7 +156,8 @@ class Stopwatch:
         self.show(name)
         began = time.perf_counter()
         try:
-            yield
+            with jax.profiler.TraceAnnotation(name):
+                yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
@@ -158,9 +169,9 @@ class Stopwatch:
 
 
 def memory_metrics() -> dict[str, float]:
-    """Peak memory so far, in GiB: of this process, and of its first device where that has memory of its own."""
+    """Peak memory so far, in GiB: of this process, and of its fullest device where devices have memory of their own."""
     metrics = {"memory/host_peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        metrics["memory/device_peak_gib"] = stats["peak_bytes_in_use"] / 2**30
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    if max(peaks):
+        metrics["memory/device_peak_gib"] = max(peaks) / 2**30
     return metrics

@@ -1,16 +1,19 @@
 """Which device holds which part of an array: one mesh, one table of rules, and the only two crossings to it.
 
 Arrays are described by logical axes ("width", "batch"); `RULES` says which mesh axis each of them is split over.
-The mesh axes: `data` copies the model and splits the batch, `fsdp` splits the batch and the weights' width,
-`tensor` splits heads, feed-forward width and vocabulary.
+The mesh axes: `data` copies the model and splits the batch, `fsdp` splits the batch and the weights' width, `context`
+splits the tokens of a row, `tensor` splits heads, feed-forward width and vocabulary. While decoding there are no rows
+of many tokens, and `context` splits the batch too.
 """
 
 import math
 
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-MESH_AXES = ("data", "fsdp", "tensor")
+# Neighbours in the last axis talk most: in every layer, and wait for it.
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 
 # Logical axis -> mesh axis, or several of them, or None (every device holds all of it).
 RULES = {
@@ -22,25 +25,28 @@ RULES = {
     "layers": None,
     "queries": None,
     "head": None,
-    "tokens": None,
+    "tokens": "context",
     "slots": None,
 }
 
+# Mesh axes whose devices decode rows of their own.
+REPLICA_AXES = ("data", "fsdp", "context")
+
 # Decoding reads every weight for every token: gathering them over `fsdp` each time would be all it does.
-DECODE_RULES = RULES | {"width": None}
+DECODE_RULES = RULES | {"batch": REPLICA_AXES, "tokens": None, "width": None}
 
 
-def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
-    """Arranges the devices as a mesh with the axes data, fsdp and tensor.
+def make_mesh(data=-1, fsdp=1, tensor=1, context=1, devices=None):
+    """Arranges the devices as a mesh with the axes of MESH_AXES.
 
     Args:
-        data, fsdp, tensor: devices along each axis; one of them may be -1, which takes what the others leave.
+        data, fsdp, tensor, context: devices along each axis; one may be -1, which takes what the others leave.
         devices: those to use; None = all that JAX sees.
     Raises:
         ValueError: the sizes do not multiply to the number of devices, or are not positive, or two are -1.
     """
     devices = jax.devices() if devices is None else list(devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    sizes = {"data": data, "fsdp": fsdp, "context": context, "tensor": tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     for axis, size in sizes.items():
         if size != -1 and size < 1:
@@ -62,7 +68,9 @@ def make_mesh(data=-1, fsdp=1, tensor=1, devices=None):
         raise ValueError(
             f"mesh ({described}): needs {taken} devices and there are {len(devices)}; set one of the sizes to -1."
         )
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    # As jax.make_mesh does, which lets two axes share one of a slice's on v5e only; v6e:4x4 with tensor=2 needs it too.
+    arranged = mesh_utils.create_device_mesh(tuple(sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(sizes))
 
 
 def _as_tuple(mesh_axes):
@@ -113,6 +121,49 @@ def constrain(x, mesh, axes, rules=RULES, name=""):
     if manual:
         return jax.lax.with_sharding_constraint(x, NamedSharding(context, _partition_spec(axes, rules, manual)))
     return jax.lax.with_sharding_constraint(x, sharding_for(mesh, axes, x.shape, name, rules))
+
+
+def gather(x, mesh, axes, name=""):
+    """A weight whole on all devices that split its width; returns it as it is if mesh is None.
+
+    The backward pass of the constraint alone would add the gradient up whole on every device and only then split it.
+    Here it is asked for split, which XLA turns into half the traffic.
+    """
+
+    @jax.custom_vjp
+    def whole(x):
+        return constrain(x, mesh, axes, DECODE_RULES, name)
+
+    def forward(x):
+        return whole(x), None
+
+    def backward(_, pull):
+        return (constrain(pull, mesh, axes, name=name),)
+
+    whole.defvjp(forward, backward)
+    return x if mesh is None else whole(x)
+
+
+def map_shards(function, mesh, in_axes, out_axes, rules=RULES):
+    """`function` on each device's part of its arguments: a `shard_map` over the mesh axes that are not manual yet.
+
+    Args:
+        in_axes: a tuple of logical axes for each argument, which must divide.
+        out_axes: of the result, an array; or a tuple of these for a tuple of arrays.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    manual = context.manual_axes
+
+    def spec(axes):
+        return _partition_spec(axes, rules, manual)
+
+    several = bool(out_axes) and isinstance(out_axes[0], tuple)
+    # Kernels do not say along which mesh axes their results vary, which check_vma asks for.
+    return jax.shard_map(
+        function, mesh=context if manual else mesh, in_specs=tuple(spec(axes) for axes in in_axes),
+        out_specs=tuple(spec(axes) for axes in out_axes) if several else spec(out_axes),
+        axis_names=set(mesh.axis_names) - set(manual), check_vma=False,
+    )  # fmt: skip
 
 
 def to_device(tree, shardings=None):

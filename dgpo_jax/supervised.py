@@ -57,7 +57,7 @@ def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
                     seconds = (time.perf_counter() - began) / (update - logged)
                     began, logged = time.perf_counter(), update
                     speed = metrics["sft/tokens"] / seconds / parts.mesh.size
-                    metrics |= {"time/update": seconds, "speed/tokens_per_second_per_device": speed}
+                    metrics |= {"time/update": seconds, "speed/update_tokens_per_second_per_device": speed}
                     writer.write(update, metrics)
                 if last or update % config.sft.checkpoint_every == 0:
                     checkpoints.save(update, state, {})

@@ -29,18 +29,22 @@ from dgpo_jax.build import (
     make_decode_params,
 )
 from dgpo_jax.checkpoint import Checkpoints, locate, peek, read_params
-from dgpo_jax.collecting import make_collect
+from dgpo_jax.collecting import build_rollout, make_collect
+from dgpo_jax.compiling import compile_run, rollout_programs, update_programs
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation.in_training import make_evaluation
 from dgpo_jax.learning import compute_advantages, learn, score_waiting
 from dgpo_jax.metrics import MetricsWriter, progress, read_metrics
 from dgpo_jax.plan import print_plan
 from dgpo_jax.plots import plot_curves
+from dgpo_jax.profiling import profiled
 from dgpo_jax.recipe import published, resolve
 from dgpo_jax.restart import Progress, at_the_start, restore, save
 from dgpo_jax.rewarding import make_rewards
 from dgpo_jax.rewards.checkers import Checkers
+from dgpo_jax.rl.update import Programs
 from dgpo_jax.session import Stopwatch, claim_problems, claim_workdir, memory_metrics, run_command, say
+from dgpo_jax.speed import speed_metrics, update_work
 from dgpo_jax.supervised import warm_start
 
 
@@ -64,7 +68,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     parts = build_parts(config)
     claim_problems(workdir, training=parts.stream.problems, held_out=parts.held_out, **parts.benchmarks)
     print_plan(config, parts, workdir, chosen_for_you)
-    programs, decode_params = build_programs(config, parts), make_decode_params(parts)
+    programs, rollout = build_programs(config, parts), build_rollout(config, parts)
+    decode_params = make_decode_params(parts)
+    rollout_params = make_decode_params(parts, int8=True) if config.rollout.int8_weights else decode_params
 
     with (
         build_checkers(config, parts.problems()) as checkers,
@@ -72,20 +78,22 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     ):
         check_golds(checkers, parts)
         evaluate = make_evaluation(config, parts, checkers)
+        sampled_with = [(decode_params, evaluate.samplers, False), (rollout_params, {"": rollout.sampler}, config.rollout.int8_weights)]
+        compiling = compile_all(config, parts, programs, sampled_with)
         done, state, skipped, backlog = find_start(config, parts, checkpoints, workdir)
         reference = find_reference(config, parts, workdir)
         with (
             MetricsWriter(workdir, resume_iteration=done + 1 if done else 0) as writer,
             progress("iterations", config.iterations) as advance,
+            Stopwatch(show=lambda part: advance(0, part)) as stopwatch,
             jax.transfer_guard("disallow"),
         ):
-            collect = make_collect(config, parts, programs, decode_params, checkers, reward, writer, reference)
+            collect = make_collect(config, parts, programs, rollout, rollout_params, checkers, reward, writer, reference)
             advance(done)
-            stopwatch = Stopwatch(show=lambda part: advance(0, part))
             if not done:
-                evaluation(evaluate, decode_params(state.params), writer, 0, stopwatch, {})
+                evaluation(evaluate, decode_params(state.params), writer, 0, stopwatch, {"time/compile_ahead": compiling})
             for iteration in range(done + 1, config.iterations + 1):
-                with stopwatch("iteration"):
+                with profiled(config, workdir, iteration), stopwatch("iteration"):
                     # Act 1, collect: the weights as they are answer prompts, worker processes check the answers.
                     experience, backlog, collected = collect(state.params, backlog, iteration, stopwatch)
 
@@ -102,10 +110,9 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
                         )
                     skipped = check_skipped(config, learned["optim/skipped_in_a_row"])
 
-                metrics = collected | learned | stopwatch.take() | memory_metrics()
-                metrics["speed/tokens_per_second_per_device"] = (
-                    metrics["rollout/tokens"] / metrics["time/rollout"] / parts.mesh.size
-                )
+                work = update_work(config, parts, experience, advantages)
+                metrics = collected | learned | work | stopwatch.take() | memory_metrics()
+                metrics |= speed_metrics(config, parts, metrics)
 
                 # Act 4, evaluation: held-out problems, every so many iterations and after the last.
                 last = iteration == config.iterations
@@ -128,6 +135,20 @@ def check_golds(checkers: Checkers, parts: Parts) -> None:
         flaws = checkers.check_golds(problems)
         for problem, why in list(flaws.items())[:1]:
             say(f"warning: {len(flaws)} {name} problems cannot be checked, such as {problem}: {why}; dgpo_jax.prepare leaves them out")
+
+
+def compile_all(config: Config, parts: Parts, programs: Programs, sampled_with) -> float:
+    """Compiles what every iteration will call; returns the seconds it took.
+
+    Before the warm start, so that a model which does not fit into memory is known at once.
+
+    Args:
+        sampled_with: arguments of `rollout_programs`, but the parts.
+    """
+    if not config.iterations:
+        return 0.0
+    sampling = [program for arguments in sampled_with for program in rollout_programs(parts, *arguments)]
+    return compile_run(parts, [*update_programs(config, parts, programs), *sampling])
 
 
 def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path) -> Progress:

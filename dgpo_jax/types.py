@@ -106,10 +106,18 @@ class TrainState(NamedTuple):
     opt_state: Any  # optax's state
 
 
-class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far; a slot with segment 0 is empty and attended by nothing."""
+class Quantized(NamedTuple):
+    """Numbers in eight bits."""
 
-    key: Array  # dtype[L, B, K, S, H], rotary embedding applied
-    value: Array  # dtype[L, B, K, S, H]
-    segment: Array  # i32[B, S], 0 = empty
-    position: Array  # i32[B, S]
+    values: Array  # i8, -127 to 127
+    scale: Array  # f32, of the same rank: what a step of `values` is worth, 1 in the dimensions that share it
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens so far, one sequence a row, each token in the slot of its position.
+
+    Each is an array dtype[L, B, K, S, H], or a Quantized with a scale for every token and key head, f32[L, B, K, S, 1].
+    """
+
+    key: Array | Quantized  # rotary embedding applied
+    value: Array | Quantized

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 
 from dgpo_jax.build import Parts
-from dgpo_jax.config import Config, OptimizerConfig, RolloutConfig, UpdateConfig
+from dgpo_jax.config import Config, ModelConfig, OptimizerConfig, RolloutConfig, UpdateConfig
 from dgpo_jax.data.problems import ProblemStream
 from dgpo_jax.recipe import resolve
 from dgpo_jax.rl.update import Shardings
@@ -28,8 +28,10 @@ P, R = 1, 4  # slots
 class Unigram:
     """Logits that are the parameters, whatever came before: the gradient of a log-probability is onehot - softmax."""
 
+    config, mesh = ModelConfig(), None
+
     def hidden(self, params, tokens, segment, position):
-        return jnp.ones((*tokens.shape, 1), jnp.float32), None
+        return jnp.ones((*tokens.shape, 1), jnp.float32)
 
     def unembedding(self, params):
         return params["logits"][None]
@@ -120,23 +122,26 @@ def prompts_of(numbers: Sequence[int]) -> Prompts:
 
 
 class ScriptedRollout:
-    """In place of `collecting.make_rollout`: answers by the problems' scripts and notes what it was asked."""
+    """In place of what `rollout.make_rollout` returns: answers by the problems' scripts and notes what it was asked."""
 
     def __init__(self):
         self.calls = []  # (weights, places of the problems, Draw)
         self.texts = {}  # what a letter says, if not itself; the checker reads the last character
         self.opening = ""  # what every prompt began of its responses
 
-    def __call__(self, parts, sampling, max_prompt):
-        return self.rollout
-
-    def rollout(self, weights, problems, draw) -> Responses:
+    def __call__(self, weights, problems, draw, on_answer) -> Responses:
         places = [int(problem.id) for problem in problems]
         self.calls.append((weights, places, draw))
         letters = "".join(problem.problem for problem in problems)
         rollout = to_rollout([SAYINGS[letter] for letter in letters])
         texts = [self.texts.get(letter, letter) for letter in letters]
-        return Responses(problems, prompts_of(places), rollout, texts, [self.opening] * len(problems))
+        responses = Responses(
+            problems, prompts_of(places), rollout, texts, [self.opening] * len(problems), row_steps=2 * rollout.response_mask.size
+        )
+        rows = list(enumerate(responses.answers()))
+        for row, answer in sorted(rows, key=lambda one: len(one[1][1])):  # responses end in another order than they began
+            on_answer(row, *answer)
+        return responses
 
 
 class ScriptedPool:

@@ -124,7 +124,6 @@ def test_settings_that_do_not_go_together_are_refused(arguments, expected, refus
 @pytest.mark.parametrize("arguments, expected", [
     (["--config.mesh.fsdp=3"], ["fsdp=3", "8 devices"]),
     (["--config.mesh.data=2"], ["data=2", "needs 2 devices and there are 8"]),
-    (["--config.rollout.prompts=12"], ["rollout.prompts is 12", "multiple of 8"]),
     # Two key heads cannot be split over four devices.
     (["--config.mesh.data=2", "--config.mesh.tensor=4"], ["key_heads", "lower mesh.tensor"]),
 ])  # fmt: skip

@@ -2,9 +2,8 @@
 
 import numpy as np
 import pytest
-from scripted import SAMPLER_LOGPROB, Notebook, ScriptedPool, ScriptedRollout, config_for, make_parts, unigram
+from scripted import SAMPLER_LOGPROB, Notebook, R, ScriptedPool, ScriptedRollout, config_for, make_parts, unigram
 
-from dgpo_jax import collecting
 from dgpo_jax.build import build_programs
 from dgpo_jax.collecting import Backlog, make_collect, nothing_drawn
 from dgpo_jax.learning import compute_advantages
@@ -16,10 +15,8 @@ DYNAMIC = {"rollout.dynamic_sampling": True}
 
 
 @pytest.fixture
-def rollout(monkeypatch):
-    rollout = ScriptedRollout()
-    monkeypatch.setattr(collecting, "make_rollout", rollout)
-    return rollout
+def rollout():
+    return ScriptedRollout()
 
 
 @pytest.fixture
@@ -32,7 +29,7 @@ def collect(rollout):
     def collect(scripts, settings, iterations=1, backlog=None, first=1, notebook=None, pool=None):
         config = config_for({"rollout.prompts": 2} | settings)
         once = make_collect(
-            config, make_parts(scripts.split()), None, lambda params: f"decode {params}", pool or ScriptedPool(),
+            config, make_parts(scripts.split()), None, rollout, lambda params: f"decode {params}", pool or ScriptedPool(),
             make_rewards(config), notebook or Notebook(), None,
         )  # fmt: skip
         results, backlog = [], backlog or nothing_drawn(config)
@@ -264,7 +261,7 @@ def collect_charged(settings, scripts="rw wr"):
     config = config_for({"rollout.prompts": 2, "kl.coefficient": 0.5, "kl.place": "reward", "loss.advantage": "dr_grpo"} | settings)
     parts, notebook, pool = make_parts(scripts.split()), Notebook(), ScriptedPool()
     reference, programs = unigram([0.25] * 4), build_programs(config, parts)
-    collect = make_collect(config, parts, programs, lambda params: params, pool, make_rewards(config), notebook, reference)
+    collect = make_collect(config, parts, programs, ScriptedRollout(), lambda params: params, pool, make_rewards(config), notebook, reference)
     experience, _, metrics = collect(unigram(), nothing_drawn(config), 1, Stopwatch(lambda part: None))
     return experience, metrics, notebook.rows[1]
 
@@ -296,25 +293,14 @@ def test_the_kl_in_the_reward_does_not_decide_which_groups_teach(rollout):
     assert places(experience) == [1, 3] and metrics["rollout/draws"] == 2
 
 
-# --- in turns ---
+# --- while others are sampled ---
 
 
-def test_responses_decoded_in_turns_are_those_of_one_turn(collect, rollout):
-    script, notebooks = "rw wr rr wr", (Notebook(), Notebook())
-    together, in_turns = (
-        collect(script, {"rollout.prompts": 4, "rollout.responses": responses}, notebook=notebook)
-        for responses, notebook in zip((0, 4), notebooks, strict=True)
-    )
-    draws = [(places, draw.first_prompt) for _, places, draw in rollout.calls]
-    assert draws == [([0, 1, 2, 3], 0), ([0, 1], 0), ([2, 3], 2)]
-    for name, array in to_arrays(together[0][0]).items():
-        np.testing.assert_array_equal(array, to_arrays(in_turns[0][0])[name])
-    assert notebooks[0].rows == notebooks[1].rows
-
-
-def test_a_turn_is_handed_to_the_checker_before_the_next_one_is_decoded(collect, rollout):
-    pool, asked = ScriptedPool(), []
-    decode = rollout.rollout
-    rollout.rollout = lambda *arguments: (asked.append(len(pool.asked)), decode(*arguments))[1]
-    collect("rw wr rr wr", {"rollout.prompts": 4, "rollout.responses": 2}, pool=pool)
-    assert asked == [0, 2, 4, 6]
+def test_each_response_goes_to_the_checker_as_it_ends_and_its_verdict_to_its_own_row(collect, rollout):
+    # The scripted rollout ends short texts first; a verdict in the order of ending would be another row's.
+    rollout.texts = {"r": "a long text that is r", "w": "w"}
+    pool = ScriptedPool()
+    (experience, _, metrics), *_ = collect("rw wr rr wr", {"rollout.prompts": 4}, pool=pool)
+    assert [text[-1] for text in pool.asked] == list("wwwrrrrr")
+    np.testing.assert_array_equal(experience.rewards, [1, 0, 0, 1, 1, 1, 0, 1])
+    assert metrics["rollout/slots_live"] == metrics["rollout/tokens"] / (2 * 8 * R)

@@ -53,7 +53,8 @@ def plain(message):
 
 def test_there_are_the_configs_that_the_readme_promises():
     assert [path.stem for path in CONFIGS] == [
-        "eval_qwen_1p5b", "eval_smollm2", "qwen_14b", "qwen_1p5b", "qwen_7b", "smoke", "smoke_code", "smollm2",
+        "eval_qwen_1p5b", "eval_smollm2", "qwen_14b", "qwen_14b_32k_v5p", "qwen_1p5b", "qwen_1p5b_32k_v6e", "qwen_1p5b_8k_v5e", "qwen_7b",
+        "qwen_7b_16k_tpu", "smoke", "smoke_code", "smollm2",
     ]  # fmt: skip
 
 
@@ -171,9 +172,7 @@ BROKEN = [
     (RolloutConfig, "rollout", "top_p", 1.5, "at most 1"),
     (RolloutConfig, "rollout", "top_k", -1, "0 for off"),
     (RolloutConfig, "rollout", "max_draws", 0, "at least 1"),
-    (RolloutConfig, "rollout", "responses", 12, "whole groups of 8"),  # 1.5 of them
-    (RolloutConfig, "rollout", "responses", 40, "divides the 256 responses"),
-    (RolloutConfig, "rollout", "responses", -8, "0 for all"),
+    (RolloutConfig, "rollout", "slots", -8, "0 to have it chosen"),
     (RolloutConfig, "rollout", "staleness", -1, "0 to learn at once"),
     (RewardConfig, "reward", "correct", float("inf"), "give a number"),
     (RewardConfig, "reward", "correct", float("nan"), "give a number"),
@@ -217,8 +216,7 @@ BROKEN = [
     (CorrectionConfig, "correction", "high", float("nan"), "around 1"),
     (UpdateConfig, "update", "updates", 0, "at least 1"),
     (UpdateConfig, "update", "tokens_per_row", 0, "at least 1"),
-    (UpdateConfig, "update", "tokens_per_device", 0, "multiple"),
-    (UpdateConfig, "update", "tokens_per_device", 1500, "multiple of update.tokens_per_row"),  # rows are 1024
+    (UpdateConfig, "update", "tokens_per_device", 0, "at least 1"),
     (UpdateConfig, "update", "logprob_chunk", 0, "at least 1"),
     (OptimizerConfig, "optimizer", "learning_rate", 0.0, "more than 0"),
     (OptimizerConfig, "optimizer", "warmup_iterations", -1, "0 for none"),
@@ -266,6 +264,28 @@ def test_a_setting_that_breaks_its_rule_is_refused_with_value_and_fix(section, n
     together = name == "mesh" or setting in ("low", "high")
     assert message.startswith(several[name] if together else f"{name}.{setting} is {value!r}") and repr(value) in message
     assert expected in message and "\n" not in message
+
+
+@pytest.mark.parametrize("context, row, device, rows", [
+    (1, 1024, 1024, 1),
+    (1, 1024, 3072, 3),
+    (4, 4096, 1024, 1),  # four devices share a row
+    (4, 4096, 3072, 3),
+    (-1, 1024, 512, None),  # not known yet
+])
+def test_rows_of_a_microbatch_are_whole_over_the_devices_that_share_them(context, row, device, rows):
+    config = Config(mesh=MeshConfig(context=context, data=1), update=UpdateConfig(tokens_per_row=row, tokens_per_device=device))
+    assert rows is None or config.update.rows_per_replica(context) == rows
+
+
+@pytest.mark.parametrize("context, row, device, complaint", [
+    (1, 1024, 1500, "whole rows of 1024 tokens; make it a multiple of update.tokens_per_row"),
+    (4, 4096, 1536, "times mesh.context = 4 is whole rows of 4096"),
+    (4, 4100, 1025, "make it a multiple of 8"),
+])
+def test_rows_that_devices_cannot_share_are_refused(context, row, device, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        Config(mesh=MeshConfig(context=context, data=1), update=UpdateConfig(tokens_per_row=row, tokens_per_device=device))
 
 
 @pytest.mark.parametrize("above, below", [(0.9, 0.1), (0.5, 0.5), (1.0, None), (None, 0.0)])
@@ -436,9 +456,9 @@ def test_fixed_settings_leave_out_only_what_may_change():
     config = Config()
     left_out = flatten(config).keys() - fixed_settings(config).keys()
     assert left_out == {
-        "iterations", "mesh.data", "mesh.fsdp", "mesh.tensor", "checkpoint.every", "checkpoint.keep", "reward.workers",
+        "iterations", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "rollout.slots", "checkpoint.every", "checkpoint.keep", "reward.workers",
         "reward.deadline_s", "reward.memory_mb", "code.workers", "eval.every", "eval.responses", "update.tokens_per_device",
-        "data.data_dir", "data.manual_dir", "sft.checkpoint_every",
+        "data.data_dir", "data.manual_dir", "sft.checkpoint_every", "profile", "peak_tflops",
     } | {f"prepare.{field.name}" for field in dataclasses.fields(PrepareConfig)}  # fmt: skip
     assert fixed_settings(config)["loss.method"] == "dgpo"
 

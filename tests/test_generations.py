@@ -11,9 +11,9 @@ import pytest
 from dgpo_jax.evaluation.estimators import NO_VOTE, RIGHT
 from dgpo_jax.evaluation.generations import Generations, count_done, read_generations, rewrite
 from dgpo_jax.evaluation.judging import Answered, Judged, count_votes, figures
-from dgpo_jax.evaluation.sampling import Round, answer_set, batch_shape, generate_set, pad_problems
+from dgpo_jax.evaluation.sampling import Round, answer_set, batch_of, generate_set
 from dgpo_jax.metrics import write_lines
-from dgpo_jax.rl.sampler import EVALUATION, Sampling
+from dgpo_jax.rl.drawing import EVALUATION
 from dgpo_jax.rollout import Responses
 from dgpo_jax.types import Problem, Prompts, Rollout, Verdict
 
@@ -215,34 +215,30 @@ def test_grades_count_in_averages_and_only_whole_ones_in_pass():
     assert found["avg@2"] == 0.25 and found["best@2"] == 0.5 * 3 / 4 and found["pass@2"] == 0.0 and "maj@2" not in found
 
 
-@pytest.mark.parametrize("at_once, samples, largest, replicas, expected", [
-    (64, 8, 100, 1, (8, 8)),
-    (64, 8, 3, 1, (3, 8)),  # no more than there are
-    (64, 1, 100, 1, (64, 1)),
-    (60, 8, 100, 1, (7, 8)),  # 56 responses
-    (16, 32, 100, 1, (1, 16)),  # one problem in two slices
-    (16, 33, 100, 1, (1, 11)),  # three equal ones rather than 16, 16 and 1
-    (64, 8, 100, 8, (8, 8)),
-    (64, 8, 3, 8, (8, 8)),  # every replica gets rows, if only copies of the last problem
-    (64, 32, 100, 8, (8, 8)),  # 8 responses for each replica: four slices of 8 problems
-    (4, 2, 100, 8, (8, 1)),  # more at once than asked for: a replica cannot do less than one
+@pytest.mark.parametrize("at_once, samples, largest, expected", [
+    (64, 8, 100, (8, 64)),
+    (64, 8, 3, (3, 24)),  # no more than there are
+    (64, 1, 100, (64, 64)),
+    (60, 8, 100, (7, 56)),  # whole problems
+    (16, 33, 100, (1, 16)),  # of one problem's samples 17 wait for a slot
+    (64, 8, 0, (1, 8)),  # an empty set must not divide by zero
 ])  # fmt: skip
-def test_the_shape_of_a_batch(at_once, samples, largest, replicas, expected):
-    assert batch_shape(at_once, samples, largest, replicas) == expected
+def test_the_problems_and_slots_of_a_batch(at_once, samples, largest, expected):
+    assert batch_of(at_once, samples, largest) == expected
 
 
 class FakeRollout:
     """A response says which problem and sample it is, by the numbers that a sampler would fold into its key."""
 
-    def __init__(self, problems, group_size):
-        self.shape, self.calls = (problems, group_size), []
+    def __init__(self, problems, samples):
+        self.problems, self.samples, self.calls = problems, samples, []
 
     def __call__(self, params, problems, draw):
-        assert len(problems) == self.shape[0] and draw.stream == EVALUATION
-        self.calls.append((draw.first_prompt, draw.first_sample))
+        assert len(problems) <= self.problems and draw.stream == EVALUATION
+        self.calls.append(draw.first_prompt)
         texts = [
-            f"seed {draw.seed} prompt {draw.first_prompt + row} sample {draw.first_sample + sample} of {problem.id}"
-            for row, problem in enumerate(problems) for sample in range(self.shape[1])
+            f"seed {draw.seed} prompt {draw.first_prompt + row} sample {sample} of {problem.id}"
+            for row, problem in enumerate(problems) for sample in range(self.samples)
         ]  # fmt: skip
         lengths = np.arange(len(texts)) % 3 + 1
         mask = np.arange(3) < lengths[:, None]
@@ -251,20 +247,20 @@ class FakeRollout:
         return Responses(problems, Prompts(empty, empty > 0), rollout, texts, ["<think>"] * len(problems))
 
 
-def make_way(samples=5, problems=2, group_size=2):
-    return Round(samples, problems, Sampling(group_size, 3, (0,), 0), FakeRollout(problems, group_size))
+def make_way(samples=5, problems=2):
+    return Round(samples, problems, FakeRollout(problems, samples))
 
 
 def test_every_problem_gets_its_samples_however_they_are_cut_up():
     expected = [[f"<think>seed 3 prompt {p} sample {s} of p{p}" for s in range(5)] for p in range(7)]
-    for problems, group_size in [(2, 2), (1, 5), (7, 1), (4, 3), (8, 5)]:
-        done = answer_set(make_way(5, problems, group_size), None, PROBLEMS, Checkers(), seed=3)
+    for problems in (1, 2, 4, 7, 8):
+        done = answer_set(make_way(5, problems), None, PROBLEMS, Checkers(), seed=3)
         assert [answered.problem for answered in done] == PROBLEMS
         assert [[response.text for response in answered.responses] for answered in done] == expected
 
 
 def test_lengths_and_truncation_are_those_of_the_row():
-    done = answer_set(make_way(2, 3, 2), None, PROBLEMS[:3], Checkers(), seed=0)
+    done = answer_set(make_way(2, 3), None, PROBLEMS[:3], Checkers(), seed=0)
     assert [[(one.tokens, one.truncated) for one in answered.responses] for answered in done] == [
         [(1, False), (2, False)], [(3, True), (1, False)], [(2, False), (3, True)],
     ]  # fmt: skip
@@ -280,7 +276,7 @@ def test_done_problems_are_not_sampled_again_and_batches_begin_where_they_began(
         generate_set(path, way, None, PROBLEMS, Checkers(), seed=0, advance=advanced.append)
         assert path.read_bytes() == whole and sum(advanced) == 7
         first = lines - lines % 2 if lines < 7 else 7
-        assert way.rollout.calls == [(start, part) for start in range(first, 7, 2) for part in (0, 2, 4)]
+        assert way.rollout.calls == list(range(first, 7, 2))
 
 
 def test_a_batch_is_judged_while_the_next_is_sampled():
@@ -293,7 +289,7 @@ def test_a_batch_is_judged_while_the_next_is_sampled():
                 judged_first.set()
             return super().submit(problem, response)
 
-    way = make_way(1, 1, 1)
+    way = make_way(1, 1)
     sample = way.rollout
 
     def rollout(params, problems, draw):
@@ -315,10 +311,6 @@ def test_what_goes_wrong_while_judging_is_not_lost(tmp_path):
     with pytest.raises(RuntimeError, match="no worker"):
         generate_set(tmp_path / "set.jsonl", make_way(), None, PROBLEMS, Broken(), seed=0)
     assert count_done(tmp_path / "set.jsonl") == 2  # p2 was in the batch with p3
-
-
-def test_a_batch_is_filled_up_with_its_last_problem():
-    assert [problem.id for problem in pad_problems(PROBLEMS[:2], 4)] == ["p0", "p1", "p1", "p1"]
 
 
 def test_lines_are_written_by_the_rules_of_metrics(tmp_path):

@@ -18,7 +18,9 @@ from dgpo_jax.learning import (
     in_baseline,
     in_loss,
     learn,
-    make_minibatches,
+    microbatches,
+    packing_shape,
+    plan_minibatches,
     policy_metrics,
     sampled_gap,
     score_responses,
@@ -107,6 +109,11 @@ def tokens_of(batches, field):
     return np.concatenate([to_host(getattr(batch, field))[to_host(batch.loss_mask)] for batch in batches])
 
 
+def make_minibatches(config, parts, *arguments):
+    """The packed microbatches of each update, on the host."""
+    return [list(microbatches(parts, plan)) for plan in plan_minibatches(config, parts, *arguments)]
+
+
 def groups_of_updates(config):
     return split_groups(4, config.update.updates, config.seed, ITERATION)
 
@@ -129,7 +136,7 @@ def test_a_group_without_advantage_is_not_computed_but_its_tokens_count_in_what_
 
 
 def test_microbatches_are_made_on_the_host(parts, experience):
-    # So that an iteration of many does not fill the device before the first update; they cross one by one.
+    # They cross to the device one by one.
     minibatches = make_minibatches(config_for(), parts, experience, ADVANTAGES, ITERATION)
     leaves = jax.tree.leaves(minibatches)
     assert leaves and all(type(leaf) is np.ndarray for leaf in leaves)
@@ -276,8 +283,8 @@ def test_the_gap_is_a_mean_over_tokens_and_absent_without_them():
 
 def completed(config, parts, programs, params, experience, reference=None):
     """([TrainBatch] of all updates, metrics of the gap)."""
-    minibatches = make_minibatches(config, parts, experience, ADVANTAGES, ITERATION)
-    minibatches, gaps = complete_minibatches(config, parts, programs, params, reference, minibatches)
+    plans = plan_minibatches(config, parts, experience, ADVANTAGES, ITERATION)
+    minibatches, gaps = complete_minibatches(config, parts, programs, params, reference, plans)
     return [batch for batches in minibatches for batch in batches], gap_metrics(to_host(gaps))
 
 
@@ -318,6 +325,32 @@ def test_waiting_and_fresh_groups_may_share_an_update(parts, programs_of, fresh,
     assert np.isfinite(old_logprobs).all()
 
 
+def test_with_the_samplers_logprobs_an_update_is_packed_only_when_it_is_asked_for(parts, experience):
+    # So that the device works on one update while the next is packed. The trainer's must be scored before any update.
+    config = config_for(old_logprobs="sampler", updates=2)
+    plans = plan_minibatches(config, parts, known(experience), ADVANTAGES, ITERATION)
+    minibatches, gaps = complete_minibatches(config, parts, None, None, None, plans)
+    assert iter(minibatches) is minibatches and gaps == []
+    assert [len(batches) for batches in minibatches] == [plan.layout.batches for plan in plans]
+
+
+def test_the_replicas_share_what_attention_and_logits_cost(parts):
+    config = config_for()
+    shape, model = packing_shape(config, parts), config.model
+    assert (shape.rows, shape.tokens_per_row, shape.devices) == (4, 64, 1)
+    # A pair: a head's width for the logit and again for the value, in every head and layer, and half of the pairs are in
+    # the future. A logit: the width, for every word.
+    assert shape.attention == model.layers * model.heads * model.head_width / (model.width * model.vocab_size)
+
+
+def test_the_packing_is_reported(parts, programs_of, fresh, experience):
+    _, metrics = learn(config_for(), parts, programs_of("dgpo"), fresh(), experience, ADVANTAGES, ITERATION)
+    plans = plan_minibatches(config_for(), parts, experience, ADVANTAGES, ITERATION)
+    batches = [batch for plan in plans for batch in microbatches(parts, plan)]
+    assert metrics["update/packing_efficiency"] == np.mean([batch.segment > 0 for batch in batches])
+    assert metrics["update/imbalance"] == 1 and metrics["update/microbatches"] == len(batches)
+
+
 def test_only_a_kl_in_the_loss_has_the_reference_score(parts, programs_of, fresh, experience):
     params = fresh().params
     reference = jax.tree.map(lambda leaf: leaf * 1.5, params)
@@ -341,8 +374,8 @@ def test_scores_of_responses_come_back_to_their_rows(parts, programs_of, fresh, 
     np.testing.assert_array_equal(np.isnan(logprobs), ~chosen)
     # The same as in a batch of an update, whatever else is packed there; advantages tell the responses.
     advantages = np.arange(1.0, 9.0, dtype=np.float32).reshape(4, 2)
-    minibatches = make_minibatches(config, parts, experience, advantages, ITERATION)
-    ((*batches,),), _ = complete_minibatches(config, parts, programs_of("dgpo"), params, None, minibatches)
+    plans = plan_minibatches(config, parts, experience, advantages, ITERATION)
+    ((*batches,),), _ = complete_minibatches(config, parts, programs_of("dgpo"), params, None, plans)
     old_logprobs, whose = tokens_of(batches, "old_logprobs"), tokens_of(batches, "advantages")
     for row in rows:
         np.testing.assert_allclose(logprobs[row][chosen[row]], old_logprobs[whose == row + 1], rtol=1e-5)

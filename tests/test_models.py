@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from dgpo_jax.config import ModelConfig
-from dgpo_jax.models import build
+from dgpo_jax.models import build, decoding
 from dgpo_jax.models.attention import attention
 from dgpo_jax.models.layers import Projection, rotary_frequencies
 from dgpo_jax.models.parameters import abstract_parameters, decays, parameter_count, table
 from dgpo_jax.models.qwen import count_positions
 from dgpo_jax.sharding import make_mesh
+from dgpo_jax.types import KVCache
 
 SIZES = dict(vocab_size=32, layers=2, width=16, heads=4, key_heads=2, head_width=4, mlp_width=24,
              initializer_std=0.3, dtype="float32")  # fmt: skip
@@ -60,38 +61,58 @@ def test_positions_start_again_in_each_segment():
     np.testing.assert_array_equal(count_positions(segment), [[0, 1, 0, 1, 2, 0], [0, 1, 0, 0, 1, 0]])
 
 
-@pytest.mark.parametrize("per_row", [False, True])
-def test_prefill_and_decoding_give_the_logits_of_a_full_forward(params, per_row):
-    model = build(CONFIG)
-    tokens = random_tokens(2, 8)
-    segment = np.array([[0, 1, 1, 1, 1, 1, 1, 1], [1] * 8], np.int32)  # the first row is padded on the left
-    position = np.asarray(count_positions(jnp.asarray(segment)))
-    expected, _ = model.hidden(params, tokens, segment, position)
-    # Per row: the first row is placed 3 slots into the cache, and leaves empty slots before it.
-    first_slot = np.array([3, 0], np.int32) if per_row else np.int32(0)
-    forward = jax.jit(model.hidden)
-    cache, pieces = model.make_cache(2, 12), []
-    for start, stop in ((0, 5), (5, 6), (6, 7), (7, 8)):
-        part = slice(start, stop)
-        piece, cache = forward(
-            params, tokens[:, part], segment[:, part], position[:, part], cache, first_slot + np.int32(start)
-        )
-        pieces.append(piece)
-    np.testing.assert_allclose(jnp.concatenate(pieces, axis=1), expected, atol=1e-5)
-    assert cache.segment.sum() == segment.sum()
+def test_prefill_and_decoding_give_the_hidden_states_of_a_full_forward(params):
+    # Two sequences of 8 tokens; of the first 5 are prompt, of the second 3, and the cache has room to spare.
+    model, tokens, length = build(CONFIG), random_tokens(2, 8), np.array([5, 3], np.int32)
+    position = np.broadcast_to(np.arange(8, dtype=np.int32), (2, 8))
+    expected = model.hidden(params, tokens, np.ones_like(tokens), position)
+    prompts = jax.jit(model.prefill)(params, tokens[:, :5], length)
+    cache = jax.tree.map(lambda empty, part: empty.at[:, :2, :, :5].set(part), model.make_cache(3, 12), prompts)
+    decode = jax.jit(model.decode)
+    for step in range(-1, 3):  # the prompt's last token once more, as the sampler does, then three more
+        place = length + np.int32(step)
+        hidden, cache = decode(params, np.take_along_axis(tokens, place[:, None], axis=1)[:, 0], place, cache)
+        np.testing.assert_allclose(hidden, np.take_along_axis(np.asarray(expected), place[:, None, None], axis=1)[:, 0], atol=1e-5)
+
+
+@pytest.mark.parametrize("slots", [4, 64, 127, 128, 300, 1000])
+def test_windows_of_the_cache_grow_by_halves_and_the_last_is_all(slots):
+    sizes = decoding.windows(slots)
+    assert sizes[-1] == slots and len(sizes) <= decoding.WINDOWS and sizes == sorted(set(sizes))
+    assert len(sizes) == 1 or sizes[0] >= decoding.SMALLEST_WINDOW
+
+
+@pytest.mark.parametrize("position", [0, 62, 63, 64, 127, 128, 129, 255, 256, 299])  # at and around the windows of 300 slots
+def test_attention_in_a_window_is_that_of_all_slots(position, monkeypatch):
+    rng = np.random.default_rng(0)
+    cache = KVCache(*(jnp.asarray(rng.normal(size=(2, 3, 2, 300, 4)), jnp.float32) for _ in range(2)))
+    query = jnp.asarray(rng.normal(size=(2, 2, 3, 4)), jnp.float32)  # two rows of a cache of three
+    places = jnp.array([position, position // 2], jnp.int32)
+    windowed = decoding.attend_window(query, cache, jnp.int32(1), places)
+    for row, place in enumerate(places.tolist()):
+        key, value = (np.asarray(part)[1, row, :, : place + 1] for part in cache)
+        logits = np.einsum("kmh,ksh->kms", query[row], key) / 2
+        weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        np.testing.assert_allclose(windowed[row], np.einsum("kms,ksh->kmh", weights, value), atol=1e-5)
 
 
 def test_decoding_never_copies_the_whole_cache(params):
     model = build(CONFIG)
     cache = jax.eval_shape(lambda: model.make_cache(4, 4096))
-    one = jax.ShapeDtypeStruct((4, 1), jnp.int32)
-    for slot in (jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)):
-        lowered = jax.jit(model.hidden, donate_argnums=4).lower(params, one, one, one, cache, slot)
-        memory = lowered.compile().memory_analysis()
-        keys = cache.key.size * 4
-        assert memory.alias_size_in_bytes >= 2 * keys
-        # One layer's slice of keys and values, and the logits: a copy would add 2 * keys.
-        assert memory.temp_size_in_bytes < 2 * keys
+    one = jax.ShapeDtypeStruct((4,), jnp.int32)
+
+    def several(params, token, position, cache):  # in a loop, as the sampler does
+        def body(_, carry):
+            hidden, cache = model.decode(params, carry[0], position, carry[1])
+            return hidden[:, 0].astype(jnp.int32), cache
+
+        return jax.lax.fori_loop(0, 3, body, (token, cache))
+
+    memory = jax.jit(several, donate_argnums=3).lower(params, one, one, cache).compile().memory_analysis()
+    keys = cache.key.size * 4
+    assert memory.alias_size_in_bytes >= 2 * keys
+    # One layer's slice of keys and values, and the logits: a copy would add 2 * keys.
+    assert memory.temp_size_in_bytes < 2 * keys
 
 
 def attention_inputs(tokens=13):

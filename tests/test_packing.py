@@ -5,7 +5,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgpo_jax.rl.packing import Example, Place, empty_batch, first_fit, lay_out, pack, split_groups, to_examples, unpack
+from dgpo_jax.rl.packing import (
+    Example,
+    Place,
+    Shape,
+    best_fit,
+    deal,
+    empty_batch,
+    fill,
+    lay_out,
+    pack,
+    packing_metrics,
+    split_groups,
+    spread_out,
+    to_examples,
+    unpack,
+)
 from dgpo_jax.types import Experience, Prompts, Rollout
 
 PER_RESPONSE = ("advantages", "weights", "supervised")  # fields of a batch that an Example gives as one number
@@ -20,28 +35,52 @@ def example(prompt, response, advantage=1.0, weight=0.5, supervised=0.25):
 
 @pytest.mark.parametrize("lengths, expected", [
     ([], []),
-    ([5], [[0]]),  # exactly full
-    ([2, 3], [[1, 0]]),  # the longest first; the other still fits behind it
-    ([3, 3], [[0], [1]]),
-    ([1, 4, 2, 3], [[1, 0], [3, 2]]),  # by length 4, 3, 2, 1: 4 | 4, 3 | 2 behind 3 | 1 behind 4, the first that has room
-    ([2, 2, 2], [[0, 1], [2]]),  # equal lengths keep their order
+    ([5], [0]),  # exactly full
+    ([2, 3], [0, 0]),  # the longest first; the other still fits behind it
+    ([3, 3], [0, 1]),
+    ([1, 4, 2, 3], [0, 0, 1, 1]),  # by length 4, 3, 2, 1: the 3 in a row of its own, 2 behind it, 1 behind the 4
+    ([3, 4, 1], [1, 0, 0]),  # the 1 fits behind both, and the 4 leaves less room
+    ([2, 2, 2], [0, 0, 1]),  # equal lengths keep their order
 ])
-def test_the_longest_is_placed_first_into_the_first_row_with_room(lengths, expected):
-    assert first_fit(lengths, 5) == expected
+def test_the_longest_is_placed_first_into_the_fullest_row_with_room(lengths, expected):
+    assert best_fit(np.array(lengths, int), 5).tolist() == expected
 
 
 def test_a_sequence_longer_than_a_row_is_refused_with_the_setting_that_helps():
     with pytest.raises(ValueError, match=r"6 tokens does not fit a row of 5; raise update\.tokens_per_row"):
-        first_fit([2, 6], 5)
+        best_fit(np.array([2, 6]), 5)
     with pytest.raises(ValueError, match="6 tokens"):
         pack([example([1, 2, 3], [4, 5, 6])], rows=1, tokens_per_row=5)
+
+
+@pytest.mark.parametrize("lengths, cost, rows, expected", [
+    ([3, 3, 2, 2], [9, 9, 4, 4], 2, [0, 1, 0, 1]),  # 13 each
+    ([4, 1, 1], [16, 1, 1], 2, [0, 1, 1]),  # 16 and 2: the others do not join the one that costs most
+    ([2, 3, 5], [1, 9, 1], 2, [0, 0, 1]),  # cost 1 twice: the longer first, into the empty row; then row 0 is the only one with room
+    ([3, 3, 3], [1, 1, 1], 2, None),  # does not fit
+    ([], [], 0, []),
+])
+def test_the_costliest_is_placed_first_where_least_is_to_be_done(lengths, cost, rows, expected):
+    found = spread_out(np.array(lengths, int), np.array(cost, float), rows, 5)
+    assert found is expected if expected is None else found.tolist() == expected
+
+
+def test_rows_are_dealt_to_the_devices_to_and_fro():
+    # Two microbatches of four rows on two devices; the costliest four rows, 0 to 3 here, make the first. Device 0 has
+    # rows 0 and 1 of it: the costliest and the fourth, so that 8 + 5 = 7 + 6.
+    assert deal(np.array([8, 7, 6, 5, 4, 3, 2, 1.0]), rows=4, devices=2).tolist() == [0, 2, 3, 1, 4, 6, 7, 5]
+    # The order that rows come in does not matter.
+    assert deal(np.array([1, 8, 2, 7.0]), rows=4, devices=4).tolist() == [3, 0, 2, 1]
+    assert deal(np.zeros(0), rows=4, devices=2).tolist() == []
 
 
 def test_a_packed_row_by_hand():
     # The longer sequence (4) comes first, the other (3) behind it, one slot is left.
     short = example([7], [8, 9], advantage=-0.5, weight=0.125, supervised=0.0)
     long = example([1, 2], [3, 4], advantage=2.0, weight=0.25, supervised=0.75)
-    (batch,) = pack([short, long], rows=2, tokens_per_row=8, pad_id=99)
+    # Both in the first row of two: laid out for one, and then filled into a microbatch of two.
+    one = lay_out([short, long], Shape(1, 8))
+    (batch,) = fill([short, long], one._replace(shape=Shape(2, 8)), pad_id=99)
     np.testing.assert_array_equal(batch.tokens[0], [1, 2, 3, 4, 7, 8, 9, 99])
     np.testing.assert_array_equal(batch.segment[0], [1, 1, 1, 1, 2, 2, 2, 0])
     np.testing.assert_array_equal(batch.position[0], [0, 1, 2, 3, 0, 1, 2, 0])
@@ -71,22 +110,68 @@ def test_a_number_stands_for_every_token_also_of_log_probabilities():
     np.testing.assert_array_equal(batch.old_logprobs, [[0, np.nan, np.nan, 0]])
 
 
+def of_lengths(*lengths):
+    """Examples of one prompt token and so many tokens in all."""
+    return [example([1], [2] * (length - 1)) for length in lengths]
+
+
 def test_places_by_hand():
-    # Rows of 5: the 5 alone, then 4 + 1, then 3 + 2; two rows a microbatch, so that the third row begins the second.
-    places = lay_out([3, 1, 5, 2, 4], rows=2, tokens_per_row=5)
-    assert places == [
+    # Rows of 5, two a microbatch. Three rows hold all (5, 4 + 1, 3 + 2), so there are four; by cost, which is the number of
+    # response tokens: 4, 3, 2, 1, 0 go to rows 0, 1, 2, 3, and the last behind the 1. Rows of like cost share a microbatch.
+    layout = lay_out(of_lengths(3, 1, 5, 2, 4), Shape(2, 5))
+    assert layout.places == [
         Place(batch=1, row=0, segment=1, start=0),
-        Place(batch=0, row=1, segment=2, start=4),
+        Place(batch=1, row=1, segment=2, start=2),
         Place(batch=0, row=0, segment=1, start=0),
-        Place(batch=1, row=0, segment=2, start=3),
+        Place(batch=1, row=1, segment=1, start=0),
         Place(batch=0, row=1, segment=1, start=0),
     ]
-    assert lay_out([], rows=2, tokens_per_row=5) == []
+    assert (layout.batches, layout.tokens, layout.slots) == (2, 15, 20)
+    np.testing.assert_array_equal(layout.costs, [[4 + 3], [2 + 1]])
+    nothing = lay_out([], Shape(2, 5))
+    assert (nothing.places, nothing.batches, nothing.tokens, nothing.slots) == ([], 0, 0, 0)
+
+
+def test_full_rows_are_packed_as_tightly_as_without_the_devices():
+    # 3 + 2 twice fills two rows of 5 to the last slot; spread by cost the 3s would share a row, which they do not fit.
+    layout = lay_out(of_lengths(2, 3, 2, 3), Shape(2, 5, devices=2))
+    assert layout.batches == 1 and layout.tokens == layout.slots
+    np.testing.assert_array_equal(layout.costs, [[3, 3]])
+
+
+def test_attention_costs_the_square_of_a_sequence():
+    # One of 8 tokens and four of 4 in two rows of 16: by tokens 8 and 16, by squares 64 and 64.
+    layout = lay_out(of_lengths(8, 4, 4, 4, 4), Shape(2, 16, devices=2, attention=1e6))
+    assert [place.row for place in layout.places] == [1, 0, 0, 0, 0]
+    np.testing.assert_array_equal(layout.costs, [[64e6 + 12, 64e6 + 7]])
+    # Without attention only response tokens count, 7 and 3 each: 7 + 3 and 9.
+    layout = lay_out(of_lengths(8, 4, 4, 4, 4), Shape(2, 16, devices=2))
+    np.testing.assert_array_equal(np.sort(layout.costs), [[9, 10]])
+
+
+def test_efficiency_is_the_share_of_slots_in_use_and_imbalance_what_the_others_wait_for_the_slowest():
+    layouts = [lay_out(of_lengths(5, 3), Shape(2, 5, devices=2)), lay_out(of_lengths(3, 3, 3), Shape(2, 5, devices=2))]
+    # Costs 4 and 2; then 2 and 2, and 2 and nothing: the slowest need 4 + 2 + 2, and all on average 3 + 2 + 1.
+    assert packing_metrics(layouts) == {
+        "update/packing_efficiency": (8 + 9) / (10 + 20), "update/imbalance": pytest.approx(8 / 6)
+    }  # fmt: skip
+    nothing = lay_out([], Shape(2, 5, devices=2))
+    assert packing_metrics([nothing]) == {}
+    assert packing_metrics([nothing, layouts[0]])["update/packing_efficiency"] == 0.8
+
+
+def test_only_the_microbatches_that_are_asked_for_are_filled(monkeypatch):
+    examples = of_lengths(*[4] * 6)
+    made = []
+    monkeypatch.setattr("dgpo_jax.rl.packing.empty_batch", lambda *arguments: made.append(1) or empty_batch(*arguments))
+    batches = fill(examples, lay_out(examples, Shape(2, 4)))
+    next(batches)
+    assert len(made) == 1 and len([*batches]) == 2
 
 
 def test_no_examples_make_no_microbatch():
     assert pack([], rows=2, tokens_per_row=8) == []
-    assert unpack([], [], rows=2, tokens_per_row=8) == []
+    assert unpack([], [], lay_out([], Shape(2, 8))) == []
 
 
 def test_rows_beyond_one_microbatch_go_to_the_next_and_the_last_is_filled_up():
@@ -99,15 +184,19 @@ LENGTHS = st.lists(st.tuples(st.integers(1, 5), st.integers(1, 8)), max_size=20)
 
 
 @settings(max_examples=60, deadline=None)
-@given(LENGTHS, st.integers(1, 4), st.integers(13, 20))
-def test_every_token_lands_exactly_once(lengths, rows, tokens_per_row):
+@given(LENGTHS, st.sampled_from([(1, 1), (3, 1), (4, 2), (4, 4)]), st.integers(13, 20), st.sampled_from([0, 1]))
+def test_every_token_lands_exactly_once(lengths, rows_and_devices, tokens_per_row, attention):
+    rows, devices = rows_and_devices
     next_token, examples = 1, []
     for prompt, response in lengths:  # every token of the whole batch is another number, the padding 0
         numbers = np.arange(next_token, next_token + prompt + response)
         place = len(examples) + 1.0
         examples.append(example(numbers[:prompt], numbers[prompt:], place, weight=place / 2, supervised=place / 4))
         next_token += prompt + response
-    batches = pack(examples, rows=rows, tokens_per_row=tokens_per_row)
+    layout = lay_out(examples, Shape(rows, tokens_per_row, devices, attention))
+    batches = list(fill(examples, layout))
+    assert len(batches) == layout.batches and sum(np.sum(batch.segment > 0) for batch in batches) == layout.tokens
+    check_costs(layout, batches)
     found = []
     for batch in batches:
         assert batch.tokens.shape == (rows, tokens_per_row)
@@ -119,6 +208,29 @@ def test_every_token_lands_exactly_once(lengths, rows, tokens_per_row):
     for got, original in zip(sorted(found, key=lambda part: part.prompt[0]), examples, strict=True):
         for ours, expected in zip(got, original, strict=True):
             np.testing.assert_array_equal(ours, expected)
+
+
+def check_costs(layout, batches):
+    """Against the arrays: of each device, response tokens, and the squares of its segments where attention counts."""
+    for costs, batch in zip(layout.costs, batches, strict=True):
+        for cost, mask, segment in zip(
+            costs, *(np.split(x, layout.shape.devices) for x in (batch.loss_mask, batch.segment)), strict=True
+        ):
+            squares = sum(np.sum(np.bincount(row)[1:] ** 2) for row in segment)
+            assert cost == mask.sum() + layout.shape.attention * squares
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 20), max_size=40), st.integers(1, 4), st.integers(1, 2))
+def test_there_are_no_more_microbatches_than_rows_packed_tightly_ask_for(lengths, rows, devices):
+    rows *= devices
+    layout = lay_out([example([1], [2] * length) for length in lengths], Shape(rows, 24, devices))
+    tight = best_fit(np.array(lengths, int) + 1, 24)
+    assert layout.batches == -(-(tight.max(initial=-1) + 1) // rows)
+    # Two rows that are half empty would have been one: so tight is at most twice the fewest possible.
+    assert tight.max(initial=-1) + 1 <= max(1, 2 * -(-layout.tokens // 24))
+    again = lay_out([example([1], [2] * length) for length in lengths], Shape(rows, 24, devices))
+    assert again.places == layout.places
 
 
 def read_segment(batch, row, segment):
@@ -145,14 +257,14 @@ def test_unpack_gives_back_what_pack_put_there(lengths, rows, tokens_per_row):
         example(range(100, 100 + prompt), range(10 * number, 10 * number + response), advantage=float(number))
         for number, (prompt, response) in enumerate(lengths, start=1)
     ]
-    shape = {"rows": rows, "tokens_per_row": tokens_per_row}
-    batches = pack(examples, **shape)
+    layout = lay_out(examples, Shape(rows, tokens_per_row))
+    batches = list(fill(examples, layout))
     for field, of_example in (("tokens", "response"), ("sampler_logprobs", "sampler_logprobs"), ("old_logprobs", "old_logprobs")):
-        found = unpack([getattr(batch, field) for batch in batches], examples, **shape)
+        found = unpack([getattr(batch, field) for batch in batches], examples, layout)
         assert len(found) == len(examples)
         for ours, original in zip(found, examples, strict=True):
             np.testing.assert_array_equal(ours, getattr(original, of_example))
-    for ours, original in zip(unpack([batch.advantages for batch in batches], examples, **shape), examples, strict=True):
+    for ours, original in zip(unpack([batch.advantages for batch in batches], examples, layout), examples, strict=True):
         np.testing.assert_array_equal(ours, [original.advantage] * len(original.response))
 
 

@@ -165,10 +165,10 @@ def fake_rollouts(monkeypatch, calls):
     """A model whose sample number s of a problem is right where s < the answer modulo 5, so that rates are known."""
     tokenizer = load_tokenizer("builtin:words")
 
-    def make_rollout(actor, sampling, max_prompt):
+    def make_rollout(actor, sampling, max_prompt, slots):
         def rollout(params, problems, draw):
             calls.append(len(problems))
-            rows = [(one, draw.first_sample + number) for one in problems for number in range(sampling.group_size)]
+            rows = [(one, number) for one in problems for number in range(sampling.group_size)]
             texts = [one.answer if number < int(one.answer) % 5 else "999" for one, number in rows]
             return FakeResponses(problems, texts, [len(tokenizer.encode(text)) for text in texts])
 

@@ -1,19 +1,26 @@
 """The sampler: with a table of next-token logits for a model, where every outcome is known, and with a real one."""
 
+import contextlib
 import functools
 import itertools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import MESHES, random_prompts, rows_sharding, tiny_model, tiny_params
+from tiny import MESHES, random_prompts, tiny_model, tiny_params
 
+from dgpo_jax.ahead import compile_program
+from dgpo_jax.build import make_decode_params
+from dgpo_jax.models.parameters import parameter_shardings
+from dgpo_jax.rl import sampler as module
+from dgpo_jax.rl.drawing import CDF_BLOCK, Draw, Sampling, draw_tokens, inverse_cdf, restrict
 from dgpo_jax.rl.logprobs import token_logprobs
 from dgpo_jax.rl.packing import pack, to_examples
-from dgpo_jax.rl.sampler import CDF_BLOCK, Draw, Sampling, draw_tokens, inverse_cdf, make_sampler, restrict
-from dgpo_jax.sharding import to_device, to_host
-from dgpo_jax.types import Experience, KVCache, Prompts, Rollout
+from dgpo_jax.rl.sampler import make_sampler
+from dgpo_jax.sharding import DECODE_RULES
+from dgpo_jax.types import Experience, KVCache, Prompts
 
 STOP, PAD = 9, 0
 
@@ -27,25 +34,36 @@ def strict_promotion():
 class TableModel:
     """The logits of the next token depend on the last token only: row `token` of params f32[V, V]."""
 
-    def __init__(self):
-        self.calls = 0
+    mesh = None
 
-    def make_cache(self, batch, slots):
-        empty = jnp.zeros((1, batch, 1, slots, 1), jnp.float32)
-        return KVCache(empty, empty, jnp.zeros((batch, slots), jnp.int32), jnp.zeros((batch, slots), jnp.int32))
+    def make_cache(self, rows, slots, int8=False):
+        empty = jnp.zeros((1, rows, 1, slots, 1), jnp.int32)
+        return KVCache(empty, empty)
 
-    def hidden(self, params, tokens, segment, position, cache=None, slot=None):
-        jax.debug.callback(self._count)
-        return jax.nn.one_hot(tokens, params.shape[0], dtype=jnp.float32), cache
+    def prefill(self, params, tokens, length):
+        tokens = tokens[None, :, None, :, None]
+        return KVCache(tokens, -tokens)
+
+    def decode(self, params, token, position, cache):
+        rows, cache = jnp.arange(len(token)), KVCache(*cache)
+        cache = KVCache(cache.key.at[0, rows, 0, position, 0].set(token), cache.value.at[0, rows, 0, position, 0].set(-token))
+        return self.look(params, token, position, cache), cache
+
+    def look(self, params, token, position, cache):
+        return jax.nn.one_hot(token, params.shape[0], dtype=jnp.float32)
 
     def unembedding(self, params):
         return params
 
-    def _count(self):
-        self.calls += 1
 
+class SumModel(TableModel):
+    """They depend on the sum of all tokens so far, as the cache has them: a slot mixed up shows in what follows."""
 
-TABLE_MODEL = TableModel()
+    def look(self, params, token, position, cache):
+        rows = len(token)
+        seen = jnp.arange(cache.key.shape[3])[None, :] <= position[:, None]
+        total = jnp.sum(jnp.where(seen, cache.key[0, :rows, 0, :, 0] - cache.value[0, :rows, 0, :, 0], 0), axis=1)
+        return jax.nn.one_hot(total // 2 % params.shape[0], params.shape[0], dtype=jnp.float32)
 
 
 def count_up(size=12):
@@ -63,18 +81,21 @@ def left_padded(prompts, slots=None):
 
 
 def make_draw(seed=0, stream=0, iteration=0, first_prompt=0):
-    return Draw(*map(np.int32, (seed, stream, iteration, first_prompt)))
+    return Draw(seed, stream, iteration, first_prompt)
 
 
 @functools.cache
-def table_sampler(sampling):
-    return make_sampler(TABLE_MODEL, sampling)
+def cached_sampler(kind, sampling, slots, max_prompt):
+    return make_sampler(kind(), sampling, slots=slots, max_prompt=max_prompt)
 
 
-def sample_table(prompts, table=None, draw=None, **settings):
+def sample_table(prompts, table=None, draw=None, kind=TableModel, slots=None, steps=False, **settings):
     settings = dict(group_size=1, max_response=5, stop_ids=(STOP,), pad_id=PAD) | settings
-    sample = table_sampler(Sampling(**settings))
-    return to_host(sample(count_up() if table is None else table, left_padded(prompts), draw or make_draw()))
+    padded = left_padded(prompts)
+    slots = slots or len(prompts) * settings["group_size"]
+    sample = cached_sampler(kind, Sampling(**settings), slots, padded.tokens.shape[1])
+    sampled = sample(count_up() if table is None else table, padded, draw or make_draw())
+    return sampled if steps else sampled.rollout
 
 
 # --- stopping ---
@@ -120,19 +141,15 @@ def test_there_may_be_several_stop_tokens_or_none(stop_ids, response):
     np.testing.assert_array_equal(rollout.truncated, [not stop_ids])
 
 
-@pytest.mark.parametrize("lasts, calls", [
-    ([8, 8], 1),  # both stop with the first token: the prefill is all there is
-    ([8, 6], 3),  # the longer needs 3 tokens: prefill and 2 more
+@pytest.mark.parametrize("lasts, steps", [
+    ([8, 8], 1),  # both stop with the first token
+    ([8, 6], 3),  # the longer needs 3 tokens
     ([8, 10], 64),  # one never stops: all 64 slots
 ])  # fmt: skip
-def test_the_loop_ends_with_the_last_row(lasts, calls):
-    jax.effects_barrier()
-    before = TABLE_MODEL.calls
+def test_the_loop_ends_with_the_last_row(lasts, steps):
     table = count_up()
     table[11] = 20 * np.eye(12)[10]  # 10, 11, 10, 11, ...
-    sample_table([[last] for last in lasts], table=table, max_response=64)
-    jax.effects_barrier()
-    assert TABLE_MODEL.calls - before == calls
+    assert sample_table([[last] for last in lasts], table=table, max_response=64, steps=True).row_steps == 2 * steps
 
 
 # --- drawing ---
@@ -243,7 +260,7 @@ def test_a_banned_token_is_not_drawn_at_any_temperature():
     logits = jnp.full((64, 300), -jnp.inf).at[:, 7].set(3.0)
     keys = jax.random.split(jax.random.key(0), 64)
     sampling = Sampling(1, 1, (), PAD, temperature=1.3)
-    token, logprob = jax.jit(draw_tokens, static_argnums=3)(logits, keys, 0, sampling)
+    token, logprob = jax.jit(draw_tokens, static_argnums=3)(logits, keys, jnp.zeros(64, jnp.int32), sampling)
     assert set(token.tolist()) == {7}
     np.testing.assert_allclose(logprob, 0, atol=1e-6)
 
@@ -284,72 +301,199 @@ def test_the_samples_of_a_group_and_equal_prompts_differ():
     assert len({tuple(row) for row in rollout.response.tolist()}) == 12
 
 
+# --- slots: nothing of how responses are seated changes one ---
+
+LONG = dict(table=random_table(), kind=SumModel, group_size=3, max_response=200, stop_ids=(3,))
+SEVERAL = [[1], [2, 7], [3, 1, 1], [4], [5, 6], [6, 6, 6], [11]]
+
+
+@functools.cache
+def seated_at_once():
+    """All 21 responses in slots of their own, decoded to the end; of uneven length, some cut off."""
+    rollout = sample_table(SEVERAL, **LONG)
+    lengths = rollout.response_mask.sum(axis=1)
+    assert lengths.min() < 5 and lengths.max() > 60 and len(set(lengths)) > 10
+    return rollout
+
+
+def assert_same(rollout, expected):
+    for ours, theirs in zip(rollout, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("slots", [1, 2, 4, 5, 20, 64])
+def test_slots_may_be_fewer_or_more_than_the_responses(slots):
+    sampled = sample_table(SEVERAL, **LONG, slots=slots, steps=True)
+    assert_same(sampled.rollout, seated_at_once())
+    if slots == 1:  # no row is ever computed for nothing
+        assert sampled.row_steps == sampled.rollout.response_mask.sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_tokens_may_be_fetched_in_chunks_of_any_size(chunk, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    sample = make_sampler(SumModel(), Sampling(3, 200, (3,), PAD), slots=8, max_prompt=3)
+    assert_same(sample(LONG["table"], left_padded(SEVERAL), make_draw()).rollout, seated_at_once())
+
+
+def test_prompts_may_be_prefilled_one_at_a_time(monkeypatch):
+    monkeypatch.setattr(module, "PREFILL_TOKENS", 1)
+    sample = make_sampler(SumModel(), Sampling(3, 200, (3,), PAD), slots=8, max_prompt=3)
+    assert sample.held == 1
+    assert_same(sample(LONG["table"], left_padded(SEVERAL), make_draw()).rollout, seated_at_once())
+
+
+def test_the_last_responses_move_together_into_fewer_rows():
+    # 21 slots in three sizes of program; without the smaller ones the longest response would hold all 21 to its end.
+    assert module.sizes_of(21, 200) == [21, 10, 5]
+    sampled = sample_table(SEVERAL, **LONG, steps=True)
+    lengths = seated_at_once().response_mask.sum(axis=1)
+    assert sampled.row_steps < 0.7 * 21 * lengths.max()
+
+
+@pytest.mark.parametrize("rows, max_response, sizes", [
+    (256, 16, [256]),  # short responses: not worth another program
+    (256, 128, [256, 128]),
+    (256, 8192, [256, 128, 64, 32]),
+    (12, 8192, [12, 6]),  # not below 4 rows
+    (1, 8192, [1]),
+])
+def test_sizes_of_the_decode_programs(rows, max_response, sizes):
+    assert module.sizes_of(rows, max_response) == sizes
+
+
+def test_a_waiting_response_gets_a_slot_long_before_the_last_ends():
+    # One response of 200 tokens and 40 of 1: in two slots they take as long as the long one.
+    table = count_up()
+    table[11] = 20 * np.eye(12)[10]  # 10, 11, 10, ... for ever
+    sampled = sample_table([[10], *[[8]] * 40], table=table, slots=2, max_response=200, steps=True)
+    assert sampled.rollout.response_mask.sum(axis=1).tolist() == [200] + [1] * 40
+    assert sampled.row_steps == 2 * 200
+
+
+def test_every_response_is_told_of_once_when_it_ends():
+    told = []
+    sample = cached_sampler(SumModel, Sampling(3, 200, (3,), PAD), 4, 3)
+    sampled = sample(LONG["table"], left_padded(SEVERAL), make_draw(), lambda *one: told.append(one))
+    assert sorted(response for response, _ in told) == list(range(21))
+    assert [response for response, _ in told] != list(range(21))  # some overtake others
+    for response, tokens in told:
+        np.testing.assert_array_equal(tokens, sampled.rollout.response[response][sampled.rollout.response_mask[response]])
+
+
 # --- the real model, on one device and on eight ---
 
 REAL = Sampling(group_size=2, max_response=6, stop_ids=(5, 6, 7, 8), pad_id=0, temperature=0.8)
 PROMPTS = random_prompts(8, 4)
 
 
-def real_sampler(mesh_name):
-    """(sampler, function from (prompts, draw) to a rollout on the host), arguments placed as the trainer does."""
+def real_sampler(mesh_name, slots=16, max_prompt=4):
+    """(sampler, function from (prompts, draw) to a rollout), arguments placed as the trainer does."""
     model, params = tiny_model(mesh_name), tiny_params(mesh_name)
-    rows = rows_sharding(model, "slots")
-    sample = make_sampler(model, REAL, out_shardings=Rollout(rows, rows, rows, rows_sharding(model)))
-    scalar = jax.sharding.NamedSharding(model.mesh, jax.sharding.PartitionSpec())
-
-    def run(prompts, draw, slots=4):
-        return to_host(sample(params, to_device(left_padded(prompts, slots), rows), to_device(draw, scalar)))
-
-    return sample, run
+    sample = make_sampler(model, REAL, slots=slots, max_prompt=max_prompt)
+    weights = jax.jit(model.cast, out_shardings=parameter_shardings(model.config, model.mesh, DECODE_RULES))(params)
+    return sample, lambda prompts, draw: sample(weights, left_padded(prompts, max_prompt), draw).rollout
 
 
 @pytest.fixture(scope="module")
 def real():
-    sample, run = real_sampler("one device")
-    return sample, run, run(PROMPTS, make_draw())
+    return real_sampler("one device")[1](PROMPTS, make_draw())
 
 
 def test_responses_of_the_real_model_stop_early_and_late(real):
     # Otherwise the tests below would say little.
-    lengths = real[2].response_mask.sum(axis=1)
-    assert lengths.min() < 4 and real[2].truncated.any() and not real[2].truncated.all()
+    lengths = real.response_mask.sum(axis=1)
+    assert lengths.min() < 4 and real.truncated.any() and not real.truncated.all()
 
 
 def test_logprobs_are_the_trainers(real):
-    rollout = real[2]
     groups, ones = np.zeros(8, np.int32), np.ones(16, np.float32)
-    experience = Experience(left_padded(PROMPTS), rollout, rollout.logprobs, ones > 0, ones, groups)
+    experience = Experience(left_padded(PROMPTS), real, real.logprobs, ones > 0, ones, groups)
     examples = to_examples(experience, range(16), ones, ones, ones)
     (batch,) = pack(examples, rows=10, tokens_per_row=20)
     model, params = tiny_model(), tiny_params()
-    hidden, _ = model.hidden(params, batch.tokens, batch.segment, batch.position)
+    hidden = model.hidden(params, batch.tokens, batch.segment, batch.position)
     logprobs, _ = token_logprobs(hidden, model.unembedding(params), batch.tokens, temperature=0.8, chunk=8)
-    assert batch.loss_mask.sum() == rollout.response_mask.sum() > 40
+    assert batch.loss_mask.sum() == real.response_mask.sum() > 40
     assert batch.segment.max() > 1  # rows do hold several sequences
     np.testing.assert_allclose(logprobs[batch.loss_mask], batch.sampler_logprobs[batch.loss_mask], atol=1e-5)
 
 
-def test_left_padding_and_neighbours_change_nothing(real):
-    # Prompt 4 has 1 token: beside others it stood behind 3 slots of padding, here there is none.
+def test_longer_prompts_beside_it_change_nothing(real):
+    # Prompt 4 has 1 token: beside others it had 3 slots of padding, here there is none.
     assert len(PROMPTS[4]) == 1
-    rollout = real[1](PROMPTS[4:5], make_draw(first_prompt=4), slots=1)
-    np.testing.assert_array_equal(rollout.response, real[2].response[8:10])
-    np.testing.assert_allclose(rollout.logprobs, real[2].logprobs[8:10], atol=1e-5)
+    rollout = real_sampler("one device", slots=2, max_prompt=1)[1](PROMPTS[4:5], make_draw(first_prompt=4))
+    np.testing.assert_array_equal(rollout.response, real.response[8:10])
+    np.testing.assert_allclose(rollout.logprobs, real.logprobs[8:10], atol=1e-5)
 
 
-@pytest.mark.parametrize("mesh_name", [name for name in MESHES if name != "one device"])
-def test_eight_devices_sample_the_same_tokens_and_compile_once(real, mesh_name):
-    sample, run = real_sampler(mesh_name)
+@pytest.mark.parametrize("mesh_name, slots", [
+    ("one device", 3),
+    *((name, slots) for name in MESHES if name != "one device" for slots in (16, 8)),  # 8: refilled, at most 2 slots a replica
+])
+def test_slots_and_devices_sample_the_same_tokens_with_programs_compiled_once(real, mesh_name, slots):
+    _, run = real_sampler(mesh_name, slots)
     rollout = run(PROMPTS, make_draw())
-    for ours, expected in zip(rollout, real[2], strict=True):
+    for ours, expected in zip(rollout, real, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
-    other = run(PROMPTS[::-1], make_draw(iteration=1))
+    with no_compilation():
+        other = run(PROMPTS[::-1], make_draw(iteration=1))
     assert (other.response != rollout.response).any()
-    assert sample._cache_size() == 1
 
 
-def test_one_device_compiles_once_for_any_draw():
-    sample = make_sampler(TABLE_MODEL, Sampling(2, 3, (STOP,), PAD))
-    sample(count_up(), left_padded([[1], [2]]), make_draw())
-    sample(count_up(), left_padded([[8], [5]]), make_draw(seed=1, stream=1, iteration=7, first_prompt=3))
-    assert sample._cache_size() == 1
+def test_more_replicas_than_prompts_leave_some_idle(real):
+    rollout = real_sampler("data 8")[1](PROMPTS[:3], make_draw())
+    for ours, expected in zip(rollout, real, strict=True):
+        np.testing.assert_allclose(ours, expected[:6], atol=1e-5)
+
+
+@pytest.mark.parametrize("mesh_name", MESHES)
+def test_programs_compiled_ahead_are_those_that_run(mesh_name):
+    sample, _ = real_sampler(mesh_name, slots=5)
+    weights = jax.eval_shape(lambda: tiny_params("one device"))
+    model = tiny_model(mesh_name)
+    shardings = parameter_shardings(model.config, model.mesh, DECODE_RULES)
+    weights = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), weights, shardings)
+    programs = sample.programs(weights)
+    assert [program.name for program in programs] == ["start", "prefill", "insert", f"decode {sample.rows}"]
+    for program in programs:
+        compile_program(program)
+    params = jax.device_put(jax.device_get(tiny_params("one device")), shardings)
+    jax.block_until_ready(params)
+    with no_compilation():
+        sample(params, left_padded(PROMPTS, 4), make_draw())
+
+
+@contextlib.contextmanager
+def no_compilation():
+    """Fails if anything compiles in here."""
+    compiled = []
+
+    def listen(name, duration, **known):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compiled.append(known["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+@pytest.mark.parametrize("int8_weights, int8_cache", [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("mesh_name", ["one device", "fsdp 4 x tensor 2"])
+def test_eight_bits_move_log_probabilities_a_little(mesh_name, int8_weights, int8_cache):
+    # Greedy at first: the same responses as long as no two tokens are close; then their log-probabilities can be compared.
+    model, params = tiny_model(mesh_name), tiny_params(mesh_name)
+    sampling = REAL._replace(temperature=0.0, stop_ids=())
+    rollouts = []
+    for weights, cache in ((False, False), (int8_weights, int8_cache)):
+        sample = make_sampler(model, sampling, slots=8, max_prompt=4, int8_cache=cache)
+        decode_params = make_decode_params(SimpleNamespace(model=model, mesh=model.mesh), weights)(params)
+        rollouts.append(sample(decode_params, left_padded(PROMPTS, 4), make_draw()).rollout)
+    exact, rounded = rollouts
+    same = np.cumsum(exact.response != rounded.response, axis=1) == 0
+    assert same.mean() > 0.8
+    gap = np.abs(exact.logprobs - rounded.logprobs)[same]
+    assert 1e-5 < gap.max() < 0.2  # they are rounded, and not by much

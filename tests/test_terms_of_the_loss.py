@@ -20,7 +20,15 @@ from scripted import (
 )
 
 from dgpo_jax.build import build_programs
-from dgpo_jax.learning import compute_advantages, learn, make_minibatches, sampled_gap, score_responses, score_waiting
+from dgpo_jax.learning import (
+    compute_advantages,
+    learn,
+    microbatches,
+    plan_minibatches,
+    sampled_gap,
+    score_responses,
+    score_waiting,
+)
 from dgpo_jax.rl.experience import join
 from dgpo_jax.sharding import to_host
 
@@ -89,7 +97,8 @@ def test_each_update_is_divided_by_its_own_tokens_and_the_supervised_term_by_its
     groups = [[Said([1] * right, True), Said([2] * wrong, False)] for right, wrong in [(1, 3), (4, 2), (2, 2), (3, 1)]]
     config = settings_for({"rollout.prompts": 4, "update.updates": 2, "loss.supervised": 0.1})
     experience = experience_of(*groups)
-    updates = make_minibatches(config, PARTS, experience, compute_advantages(config, experience), iteration=1)
+    plans = plan_minibatches(config, PARTS, experience, compute_advantages(config, experience), iteration=1)
+    updates = [list(microbatches(PARTS, plan)) for plan in plans]
     assert len(updates) == 2 and sum(batch.loss_mask.sum() for batches in updates for batch in batches) == 18
     for batches in updates:
         assert sum(batch.weights.sum() for batch in batches) == pytest.approx(1, rel=1e-5)
@@ -313,13 +322,13 @@ def test_with_the_samplers_log_probabilities_updates_score_nothing():
 
 
 def test_with_the_samplers_log_probabilities_the_gap_is_measured_on_one_microbatch():
-    # The first row of 8 slots is filled by the longest sequence, 1 + 4, and the longest that fits behind it, 1 + 2.
+    # Two rows of 8 slots, a microbatch each: the longest and the shortest sequence, 1 + 4 and 1 + 1, cost more than the others.
     experience = experience_of([Said([1, 1, 1, 1], True), Said([2, 2], False)], [Said([3, 3, 3], True), Said([0], False)])
     config = settings_for({"update.old_logprobs": "sampler"})
     sampler = np.where(experience.rollout.response_mask, experience.rollout.logprobs, 0)
     gap = sampled_gap(config, PARTS, programs_for(config), unigram(), experience._replace(old_logprobs=sampler))
-    assert gap["gap/mean"] == pytest.approx((4 * np.log(0.2) + 2 * np.log(0.3)) / 6 - SAMPLER_LOGPROB, rel=1e-5)
-    assert gap["gap/max"] == pytest.approx(np.log(0.3) - SAMPLER_LOGPROB, rel=1e-5)
+    assert gap["gap/mean"] == pytest.approx((4 * np.log(0.2) + np.log(0.1)) / 5 - SAMPLER_LOGPROB, rel=1e-5)
+    assert gap["gap/max"] == pytest.approx(np.log(0.2) - SAMPLER_LOGPROB, rel=1e-5)
 
 
 def test_scored_responses_come_back_to_their_places_from_whatever_rows_they_were_packed_in():

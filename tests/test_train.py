@@ -1,8 +1,10 @@
 """The whole program on a run of seconds: what it leaves, that SIGKILL changes nothing, that devices change nothing."""
 
+import collections
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,14 +13,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
-from dgpo_jax import collecting, train
+from dgpo_jax import train
 from dgpo_jax.build import abstract_state, build_parts
 from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.config import MeshConfig, load
-from dgpo_jax.evaluation import sampling
 from dgpo_jax.metrics import read_metrics
 from dgpo_jax.recipe import resolve
 from dgpo_jax.sharding import to_host
@@ -113,8 +115,46 @@ def test_a_run_tells_its_story(undisturbed, folder):
     output = (folder / "undisturbed.log").read_text()
     for text in ("1 x cpu", "8 prompts x 4 samples = 32 responses", "dgpo (clip_low 0.2, clip_high 0.28,",
                  "grpo advantages, token-mean", "loss.clip_low 0.2, loss.clip_high 0.28,", "reward.incorrect 0.0", "first prompt, answer", "supervised warm start: 60",
+                 "to compile, update: accumulate, score", "keeps programs in",
                  "curves.png", "metrics.jsonl", "checkpoints/"):  # fmt: skip
         assert text in output
+
+
+def documented_keys():
+    """Patterns of the keys in the first columns of docs/metrics.md, where a name without its group has that of the one before."""
+    patterns = []
+    for line in (ROOT / "docs/metrics.md").read_text().splitlines():
+        group = ""
+        for name in re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("| `") else ():
+            group = name.rpartition("/")[0] or group
+            key = re.escape(name if "/" in name else f"{group}/{name}")
+            patterns.append(re.sub("REGION|NAME", r"\\w+", key.replace("@k", r"@\d+")))
+    return patterns
+
+
+def test_every_metric_of_a_run_is_explained_in_the_docs(undisturbed):
+    patterns = documented_keys()
+    keys = {key for row in read_metrics(undisturbed / "metrics.jsonl") for key in row if key != "iteration"}
+    assert [key for key in sorted(keys) if not any(re.fullmatch(pattern, key) for pattern in patterns)] == []
+    assert len(keys) > 60  # it has seen them
+    assert not any(re.fullmatch(pattern, "policy/unheard_of") for pattern in patterns)
+
+
+def test_every_iteration_says_how_fast_it_was(undisturbed):
+    first, *iterations = read_metrics(undisturbed / "metrics.jsonl")
+    assert first["time/compile_ahead"] > 0
+    for row in iterations:
+        assert "time/compile_ahead" not in row
+        assert row["speed/rollout_tokens_per_second_per_device"] == row["rollout/tokens"] / row["time/rollout"]  # one device
+        assert row["speed/update_tokens_per_second_per_device"] == row["update/tokens"] / row["time/update"]
+        assert row["speed/update_tflops_per_device"] == row["update/tflop"] / row["time/update"]
+        assert "speed/update_mfu" not in row  # a CPU has no figure in the table
+    learned = [row for row in iterations if row["policy/tokens"]]
+    assert learned  # else some groups would have to differ more
+    for row in learned:
+        assert row["update/tokens"] > row["policy/tokens"]  # prompts are among them
+        assert row["update/tflop"] > 0
+        assert 0 < row["update/packing_efficiency"] <= 1
 
 
 def test_every_response_is_written_with_its_verdict_and_reward(undisturbed):
@@ -150,10 +190,10 @@ def test_the_first_ratio_is_one_and_the_sampler_agrees_with_the_trainer(undistur
         assert 0 < row["gap/mean"] <= row["gap/max"] < 1e-4
 
 
-def test_nothing_compiles_after_the_first_iteration(undisturbed):
-    compiling = {row["iteration"]: row["time/compile"] for row in read_metrics(undisturbed / "metrics.jsonl")}
-    assert compiling[0] > 0 and compiling[1] > 0
-    assert [compiling[iteration] for iteration in range(2, LAST + 1)] == [0.0] * (LAST - 1)
+def test_all_programs_are_compiled_ahead_of_the_first_iteration(undisturbed):
+    rows = read_metrics(undisturbed / "metrics.jsonl")
+    assert rows[0]["time/compile_ahead"] > 0
+    assert [row["time/compile"] for row in rows] == [0.0] * (1 + LAST)
 
 
 # (what the process is about to do when it dies, the file)
@@ -223,30 +263,22 @@ def test_a_finished_run_started_again_computes_nothing(undisturbed, tmp_path, mo
 
 
 @pytest.fixture
-def compiled(monkeypatch):
-    """{name: jitted program} of the run that follows, by the functions that build them."""
-    programs = {}
+def compiled():
+    """{name of a jitted function: how often it was compiled} in what follows."""
+    counts = collections.Counter()
 
-    def watch(module, name, found):
-        build = getattr(module, name)
+    def listen(name, duration, **known):
+        if name == "/jax/core/compile/backend_compile_duration":
+            counts[known["fun_name"].removeprefix("jit(").removesuffix(")")] += 1
 
-        def recording(*arguments, **settings):
-            result = build(*arguments, **settings)
-            programs.update(found(result))
-            return result
-
-        monkeypatch.setattr(module, name, recording)
-
-    watch(train, "build_programs", lambda built: built._asdict())
-    watch(train, "make_decode_params", lambda built: {"decode_params": built})
-    watch(collecting, "make_rollout", lambda built: {"sample": built.sample})
-    watch(sampling, "make_rollout", lambda built: {f"sample for evaluation {len(programs)}": built.sample})
-    return programs
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield counts
+    jax.monitoring.unregister_event_duration_listener(listen)
 
 
 MESHES = {"data 8": MeshConfig(8, 1, 1), "fsdp 4 x tensor 2": MeshConfig(1, 4, 2)}
 # Counts of rows that follow from the devices, and differences that are rounding themselves.
-OF_THE_MESH = ("update/microbatches", "gap/mean", "gap/max", "policy/first_ratio_error")
+OF_THE_MESH = ("update/microbatches", "update/packing_efficiency", "update/imbalance", "rollout/slots_live", "gap/mean", "gap/max", "policy/first_ratio_error")
 
 
 @pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES.keys())
@@ -271,5 +303,6 @@ def test_eight_devices_go_on_with_a_run_of_one_and_do_the_same_with_programs_com
         assert rows[5][key] == pytest.approx(expected[key], rel=2e-4, abs=1e-6), key
     assert rows[5]["gap/max"] < 1e-4 and rows[5]["policy/first_ratio_error"] < 1e-5
 
-    assert len(compiled) == 5 + 1 + 3  # the update's five programs, decode_params, three samplers
-    assert {name: program._cache_size() for name, program in compiled.items()} == dict.fromkeys(compiled, 1)
+    # Ahead or when first called, but never twice: training, greedy and avg@k have a sampler each.
+    expected = dict.fromkeys(("score", "complete", "zero", "accumulate", "apply"), 1) | dict.fromkeys(("prefill", "insert", "decode"), 3)
+    assert {name: compiled[name] for name in expected} == expected, compiled

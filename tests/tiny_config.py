@@ -35,7 +35,7 @@ def get_config() -> Config:
         ),
         rollout=RolloutConfig(prompts=8, group_size=4, max_prompt=32, max_response=12),
         reward=RewardConfig(extract="last", workers=1),
-        update=UpdateConfig(updates=2, tokens_per_row=64, tokens_per_device=256, logprob_chunk=32),
+        update=UpdateConfig(updates=2, tokens_per_row=64, tokens_per_device=256, logprob_chunk=128),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_iterations=2),
         sft=SftConfig(updates=60, examples=16, learning_rate=1e-2, warmup_updates=5, log_every=5, checkpoint_every=20),
         eval=EvalConfig(every=2, problems=12, samples=2),

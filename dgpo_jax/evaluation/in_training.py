@@ -20,6 +20,8 @@ def make_evaluation(config: Config, parts: Parts, checkers) -> Callable[..., tup
     `eval/avg@k_length`. Problems that are too long to be asked count as wrong. The samples' keys depend on the seed
     only, so that evaluations differ in their weights and in nothing else. Empty where there is nothing to evaluate on.
 
+    The function's `samplers` are those it uses, by the name of the round, so that their programs can be compiled ahead.
+
     Args:
         checkers: a `rewards.checkers.Checkers` for the problems of all sets.
     """
@@ -39,6 +41,7 @@ def make_evaluation(config: Config, parts: Parts, checkers) -> Callable[..., tup
                 rows += to_eval_rows(label, done, grade)
         return metrics, rows
 
+    evaluate.samplers = {way: settings.rollout.sampler for way, settings in rounds.items()} if sets else {}
     return evaluate
 
 

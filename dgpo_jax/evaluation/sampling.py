@@ -5,11 +5,10 @@
         done = generate_set(path, rounds["samples"], params, problems, checkers, config.seed)  # on disk, resumable
         done = answer_set(rounds["greedy"], params, problems, checkers, config.seed)  # in memory
 
-A batch is Q problems times G samples, always of the same shape. Where n samples of Q problems are too many at once they
-come in slices: sample s of problem p is drawn with keys of (seed, p, s) alone, so how they are cut up changes no text.
+A batch is Q problems with their n samples; where these are more than may be decoded at once, some wait for the slots of
+others. Sample s of problem p is drawn with keys of (seed, p, s) alone.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,7 @@ from dgpo_jax.build import Actor, Parts
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation.generations import Generations
 from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, Judged, judge
-from dgpo_jax.rl.sampler import EVALUATION, Draw, Sampling
+from dgpo_jax.rl.drawing import EVALUATION, Draw, Sampling
 from dgpo_jax.rollout import Responses, make_rollout
 from dgpo_jax.types import Problem
 
@@ -28,14 +27,8 @@ class Round(NamedTuple):
     """One way to answer every problem of a set."""
 
     samples: int  # n responses to each problem
-    problems: int  # Q, sampled at once
-    sampling: Sampling  # its group_size is G, samples of a problem at once
+    problems: int  # Q, of a batch
     rollout: Callable[..., Responses]
-
-    @property
-    def slices(self) -> int:
-        """Batches that it takes until each of Q problems has its n responses; the last may have some too many."""
-        return -(-self.samples // self.sampling.group_size)
 
 
 class Sample(NamedTuple):
@@ -50,7 +43,7 @@ def make_rounds(config: Config, actor: Actor | Parts, largest: int) -> dict[str,
     """What `config.eval` asks for: GREEDY, a response at temperature 0; SAMPLES, eval.samples of them; or both.
 
     Args:
-        largest: problems of the largest set; smaller ones are filled up, so that each round compiles once.
+        largest: problems of the largest set.
     """
     rounds = {}
     if config.eval.greedy:
@@ -63,25 +56,18 @@ def make_rounds(config: Config, actor: Actor | Parts, largest: int) -> dict[str,
 def make_round(config: Config, actor: Actor | Parts, largest: int, samples: int, temperature: float) -> Round:
     """A round of so many responses to each problem; 0 is the greedy temperature."""
     at_once = config.eval.responses or config.rollout.prompts * config.rollout.group_size
-    problems, group_size = batch_shape(at_once, samples, largest, actor.replicas)
+    problems, slots = batch_of(at_once, samples, largest)
     tokens, tokenizer = config.eval.max_response or config.rollout.max_response, actor.tokenizer
     sampling = Sampling(
-        group_size, tokens, tokenizer.stop_ids, tokenizer.pad_id, temperature, config.eval.top_p, config.rollout.top_k
+        samples, tokens, tokenizer.stop_ids, tokenizer.pad_id, temperature, config.eval.top_p, config.rollout.top_k
     )
-    return Round(samples, problems, sampling, make_rollout(actor, sampling, config.rollout.max_prompt))
+    return Round(samples, problems, make_rollout(actor, sampling, config.rollout.max_prompt, slots))
 
 
-def batch_shape(at_once: int, samples: int, largest: int, replicas: int) -> tuple[int, int]:
-    """(Q problems, G samples of each) of a batch of at most so many responses, unless the replicas are more.
-
-    Whole problems if all samples of one fit for every replica, else slices of nearly the same size. The replicas share
-    the Q problems evenly.
-    """
-    share = max(1, at_once // replicas)  # responses for each replica
-    if samples <= share:
-        enough = math.ceil(max(1, largest) / replicas)
-        return replicas * min(share // samples, enough), samples
-    return replicas, math.ceil(samples / math.ceil(samples / share))
+def batch_of(at_once: int, samples: int, largest: int) -> tuple[int, int]:
+    """(problems of a batch, responses decoded at once): whole problems that fit, or one whose samples take turns."""
+    problems = max(1, min(at_once // samples, largest))
+    return problems, min(at_once, problems * samples)
 
 
 def generate_set(
@@ -90,7 +76,7 @@ def generate_set(
     """Answers the problems of the set that the file at `path` lacks, and writes them there as soon as they are judged.
 
     The file ends up the same, to the bit, however often this was killed and called again, on the same machine with the
-    same batch shape: a batch that was under way is sampled again as a whole.
+    same number of problems a batch: one that was under way is sampled again as a whole.
 
     Args:
         params: decode params; may be None if nothing is lacking.
@@ -149,14 +135,8 @@ def answer(
 
 def sample_batch(way: Round, params, problems: Sequence[Problem], draw: Draw) -> list[list[Sample]]:
     """The n responses to each of up to Q problems."""
-    padded = pad_problems(problems, way.problems)
-    samples: list[list[Sample]] = [[] for _ in problems]
-    for number in range(way.slices):
-        responses = way.rollout(params, padded, draw._replace(first_sample=number * way.sampling.group_size))
-        rows = to_samples(responses)
-        for place, row in enumerate(samples):
-            row += rows[place * responses.group_size : (place + 1) * responses.group_size]
-    return [row[: way.samples] for row in samples]
+    rows = to_samples(way.rollout(params, problems, draw))
+    return [rows[start : start + way.samples] for start in range(0, len(rows), way.samples)]
 
 
 def to_samples(responses: Responses) -> list[Sample]:
@@ -177,8 +157,3 @@ def judge_batch(checkers, problems: Sequence[Problem], samples: Sequence[Sequenc
             Judged(sample.text, verdict, vote, sample.tokens, sample.truncated)
             for sample, verdict, vote in zip(row, verdicts, votes, strict=True)
         ]))  # fmt: skip
-
-
-def pad_problems(problems: Sequence[Problem], size: int) -> list[Problem]:
-    """Fills the batch up with its last problem, so that its shape never changes."""
-    return [*problems, *[problems[-1]] * (size - len(problems))]

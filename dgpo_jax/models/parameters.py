@@ -13,7 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dgpo_jax.quantization import quantise
 from dgpo_jax.sharding import RULES, sharding_for
+from dgpo_jax.types import Quantized
 
 
 class Parameter(NamedTuple):
@@ -36,6 +38,16 @@ class Parameter(NamedTuple):
         """Shape of the Hugging Face tensor (of one layer)."""
         size = dict(zip(self.axes, self.shape, strict=True))
         return tuple(math.prod(size[axis] for axis in group.split()) for group in self.layout)
+
+    @property
+    def inputs(self):
+        """The axes that a product sums over: Hugging Face has a matrix's outputs in front."""
+        return tuple(self.layout[-1].split())
+
+    @property
+    def quantised(self):
+        """True if it may be kept in eight bits: the matrices, but not the table that embeddings are looked up in."""
+        return len(self.layout) == 2 and self.hugging_face != "model.embed_tokens.weight"
 
     @property
     def merged_shape(self):
@@ -167,6 +179,34 @@ def initialise(config, key, dtype="float32"):
         return config.initializer_std * jax.random.normal(own_key, row.merged_shape, dtype).reshape(row.shape)
 
     return _map(value, config)
+
+
+def quantise_matrices(config, params):
+    """The parameters with every matrix in eight bits, a scale for each of its outputs; the embedding table stays as it is.
+
+    Source: LLM.int8() (arXiv:2208.07339), section 2.1, of the weights alone.
+    """
+    rows = table(config)
+
+    def one(path, leaf):
+        row = rows["/".join(entry.key for entry in path)]
+        if not row.quantised:
+            return leaf
+        return quantise(leaf, tuple(row.axes.index(axis) for axis in row.inputs))
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def quantised_shardings(config, mesh, rules=RULES):
+    """The shardings of `quantise_matrices`, a scale's like its matrix's."""
+
+    def one(name, row):
+        sharding = sharding_for(mesh, row.axes, row.shape, name, rules)
+        if not row.quantised:
+            return sharding
+        return Quantized(sharding, sharding_for(mesh, tuple(None if axis in row.inputs else axis for axis in row.axes), None, name, rules))
+
+    return _map(one, config)
 
 
 def parameter_count(config):

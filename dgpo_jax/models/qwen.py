@@ -11,26 +11,32 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh
 
-from dgpo_jax.models import parameters
-from dgpo_jax.models.attention import attention
+from dgpo_jax.models import decoding, parameters
+from dgpo_jax.models.attention import attention, choose, platform_of
+from dgpo_jax.models.attention_splash import RESIDUALS
+from dgpo_jax.models.context import collect, spread
 from dgpo_jax.models.layers import layer_graphdef, rms_norm, rotary
-from dgpo_jax.sharding import DECODE_RULES, RULES, constrain
-from dgpo_jax.types import KVCache
+from dgpo_jax.quantization import cast
+from dgpo_jax.sharding import RULES, constrain, gather
 
-# Logical axes of the cache.
-CACHE_AXES = KVCache(
-    key=("layers", "batch", "key_heads", "slots", "head"),
-    value=("layers", "batch", "key_heads", "slots", "head"),
-    segment=("batch", "slots"),
-    position=("batch", "slots"),
-)
+_POLICIES = jax.checkpoint_policies
+_LAYER_INPUT = "activations"
 
+# What the forward pass keeps of a layer for its backward pass, besides the layer's input.
 _SAVED = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
+    "dots": _POLICIES.save_from_both_policies(
+        # The splash kernel is no matrix product to XLA, and its second run would cost as much as its first.
+        _POLICIES.dots_with_no_batch_dims_saveable, _POLICIES.save_only_these_names(RESIDUALS)
+    ),
+    "full": _POLICIES.nothing_saveable,
+    # Not even the input stays on the device: it waits in the host's memory.
+    "offload": _POLICIES.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[_LAYER_INPUT], offload_src="device", offload_dst="pinned_host"
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class Model:
     """A decoder-only transformer, without its parameters; hashable, so it can be closed over or static in a jit.
 
     Raises:
-        ValueError: the mesh does not divide the model, such as more `tensor` devices than key heads.
+        ValueError: the mesh does not divide the model, such as more `tensor` devices than key heads, or its platform
+            lacks the kernel that `model.attention` names.
     """
 
     config: Any  # ModelConfig
@@ -46,6 +53,7 @@ class Model:
 
     def __post_init__(self):
         if self.mesh is not None:
+            choose(self.config.attention, platform_of(self.mesh), self.mesh.shape["context"])
             parameters.parameter_shardings(self.config, self.mesh)
 
     @property
@@ -53,8 +61,7 @@ class Model:
         """Dtype of activations, of the cache and of the weights while they are multiplied."""
         if self.config.dtype != "auto":
             return jnp.dtype(self.config.dtype)
-        platform = self.mesh.devices.flat[0].platform if self.mesh is not None else jax.default_backend()
-        return jnp.dtype("float32" if platform == "cpu" else "bfloat16")
+        return jnp.dtype("float32" if platform_of(self.mesh) == "cpu" else "bfloat16")
 
     def init(self, key):
         """Random f32 parameters, made where they belong."""
@@ -64,50 +71,47 @@ class Model:
 
     def cast(self, params):
         """A copy of the parameters in the compute dtype, for decoding."""
-        return jax.tree.map(lambda leaf: leaf.astype(self.compute_dtype), params)
+        return cast(params, self.compute_dtype)
 
-    def make_cache(self, batch, slots):
-        """An empty cache for `batch` rows of `slots` tokens."""
-        config = self.config
-        shape = (config.layers, batch, config.key_heads, slots, config.head_width)
-        cache = KVCache(
-            key=jnp.zeros(shape, self.compute_dtype),
-            value=jnp.zeros(shape, self.compute_dtype),
-            segment=jnp.zeros((batch, slots), jnp.int32),
-            position=jnp.zeros((batch, slots), jnp.int32),
-        )
-        return KVCache(*(constrain(leaf, self.mesh, axes) for leaf, axes in zip(cache, CACHE_AXES, strict=True)))
-
-    def hidden(self, params, tokens, segment, position, cache=None, slot=None):
-        """Runs all layers.
+    def hidden(self, params, tokens, segment, position):
+        """Runs all layers on packed rows.
 
         Args:
             params: as the table in parameters.py, f32 or already in the compute dtype.
             tokens: i32[B, T].
             segment: i32[B, T], 0 = padding; tokens attend within their segment only.
             position: i32[B, T], within the segment.
-            cache: None to attend among `tokens`, or the cache to write to and attend.
-            slot: where tokens[:, 0] goes in the cache; i32[] for all rows or i32[B] per row. Tokens that do not
-                fit are the caller's mistake: a scalar slot is moved back to fit, a slot per row drops them.
         Returns:
-            [B, T, D] in the compute dtype after the final norm, and the cache (None without one).
+            [B, T, D] in the compute dtype, after the final norm.
         """
-        x = self._embed(params["embed"]["table"], tokens)
-        rotation = rotary(position, self.config)
-        if cache is None:
-            x = self._scan(params["layers"], x, rotation, segment, position)
-        else:
-            x, cache = self._scan_with_cache(params["layers"], x, rotation, segment, position, cache, slot)
-        scale = params["final_norm"]["scale"].astype(self.compute_dtype)
-        return rms_norm(x, scale, self.config.norm_eps), cache
+        tokens, segment, position = (spread(x, self.mesh) for x in (tokens, segment, position))
+        x = self.embed(params, tokens)
+        x = self._scan(params["layers"], x, rotary(position, self.config), segment, position)
+        return collect(self.final_norm(params, x), self.mesh)
+
+    def make_cache(self, rows, slots, int8=False):
+        """An empty cache for `rows` sequences of `slots` tokens; see decoding.py, as of the next two."""
+        return decoding.make_cache(self, rows, slots, int8)
+
+    def prefill(self, params, tokens, length):
+        """The cache of whole prompts: (params, i32[B, P], i32[B]) -> KVCache of P slots."""
+        return decoding.prefill(self, params, tokens, length)
+
+    def decode(self, params, token, position, cache):
+        """One token further in every row: (params, i32[B], i32[B], KVCache) -> ([B, D], KVCache)."""
+        return decoding.decode(self, params, token, position, cache)
+
+    def final_norm(self, params, x):
+        """The norm behind the last layer; keeps shape and dtype."""
+        return rms_norm(x, params["final_norm"]["scale"].astype(self.compute_dtype), self.config.norm_eps)
 
     def unembedding(self, params):
         """The output matrix [D, V] in the compute dtype, gathered over fsdp, V split over tensor."""
         if self.config.tied_embeddings:
             matrix = params["embed"]["table"].astype(self.compute_dtype).T
         else:
-            matrix = params["unembed"]["kernel"].astype(self.compute_dtype)
-        return constrain(matrix, self.mesh, ("width", "vocab"), DECODE_RULES)
+            matrix = self.cast(params["unembed"]["kernel"])
+        return gather(matrix, self.mesh, ("width", "vocab"), name="unembedding")
 
     def logits(self, params, tokens, segment=None, position=None):
         """f32[B, T, V] logits of the token after each token.
@@ -120,68 +124,53 @@ class Model:
         tokens = jnp.asarray(tokens)
         segment = jnp.ones_like(tokens) if segment is None else jnp.asarray(segment)
         position = count_positions(segment) if position is None else jnp.asarray(position)
-        hidden, _ = self.hidden(params, tokens, segment, position)
+        hidden = self.hidden(params, tokens, segment, position)
         return jnp.einsum("btd,dv->btv", hidden, self.unembedding(params), preferred_element_type=jnp.float32)
 
-    def _embed(self, table, tokens):
+    def embed(self, params, tokens):
+        """i32[B, T] -> [B, T, D] in the compute dtype."""
+        table = params["embed"]["table"]
         # Looked up in a table that stays split over fsdp by width, so that neither the table nor (backward) its
         # gradient is ever gathered; only then are the rows split over fsdp instead, by one all-to-all.
         axes = ("batch", "tokens", "width")
         tokens = constrain(tokens, self.mesh, axes[:2], RULES | {"batch": "data"}, name="tokens")
         x = constrain(jnp.take(table, tokens, axis=0), self.mesh, axes, RULES | {"batch": "data"}, name="embedding")
-        return self._by_batch(x.astype(self.compute_dtype))
+        return self.by_batch(x.astype(self.compute_dtype))
 
-    def _by_batch(self, x):
+    def by_batch(self, x):
+        """Pins activations [B, T, D]: rows and their tokens are split, the width is not."""
         return constrain(x, self.mesh, ("batch", "tokens", None), name="activations")
 
-    def _layer(self, layer_params):
+    def layer(self, layer_params):
+        """A layer's module with its slice of the stacked parameters, cast and gathered."""
         # Cast first, then gathered: half the bytes.
         cast = self.cast(layer_params)
         if self.mesh is not None:
             axes = parameters.layer_axes(self.config)
-            cast = jax.tree.map(lambda leaf, names: constrain(leaf, self.mesh, names, DECODE_RULES), cast, axes)
+            cast = jax.tree.map(lambda leaf, names: gather(leaf, self.mesh, names), cast, axes)
         return nnx.merge(layer_graphdef(self.config), cast)
 
-    def _attention(self, *arguments):
+    def attention(self, *arguments, split_rows=False):
+        """`attention.attention` as the config wants it; `split_rows` as there."""
         config = self.config
-        return attention(*arguments, implementation=config.attention, chunk=config.attention_chunk)
+        return attention(
+            *arguments, mesh=self.mesh, split_rows=split_rows, implementation=config.attention, chunk=config.attention_chunk
+        )
 
     def _scan(self, layers, x, rotation, segment, position):
         def attend(query, key, value):
             key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # [B, K, T, H]
-            return self._attention(query, key, value, segment, position, segment, position), None
+            return self.attention(query, key, value, segment, position, segment, position, split_rows=True), None
 
         def body(x, layer_params):
-            x, _ = self._layer(layer_params)(x, rotation, attend)
-            return self._by_batch(x), None
+            x = checkpoint_name(x, _LAYER_INPUT)
+            x, _ = self.layer(layer_params)(x, rotation, attend)
+            return self.by_batch(x), None
 
         if self.config.remat != "none":
             # A scan keeps the two passes apart already, which is all that prevent_cse is for.
             body = jax.checkpoint(body, policy=_SAVED[self.config.remat], prevent_cse=False)
         return jax.lax.scan(body, x, layers)[0]
-
-    def _scan_with_cache(self, layers, x, rotation, segment, position, cache, slot):
-        cache_segment = _write(cache.segment, segment, slot)
-        cache_position = _write(cache.position, position, slot)
-
-        # The cache is part of the carry and each layer writes its own slice in place: as an input and output of
-        # the scan it would be copied three times.
-        def body(carry, scanned):
-            x, keys, values = carry
-            layer_params, layer = scanned
-
-            def attend(query, key, value):
-                written = (_write_layer(keys, key, slot, layer), _write_layer(values, value, slot, layer))
-                key, value = (jax.lax.dynamic_index_in_dim(part, layer, 0, keepdims=False) for part in written)
-                attended = self._attention(query, key, value, segment, position, cache_segment, cache_position)
-                return attended, written
-
-            x, (keys, values) = self._layer(layer_params)(x, rotation, attend)
-            return (self._by_batch(x), keys, values), None
-
-        indices = jnp.arange(self.config.layers, dtype=jnp.int32)
-        (x, keys, values), _ = jax.lax.scan(body, (x, cache.key, cache.value), (layers, indices))
-        return x, KVCache(keys, values, cache_segment, cache_position)
 
 
 def count_positions(segment):
@@ -190,30 +179,6 @@ def count_positions(segment):
     before = jnp.pad(segment[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     first = jnp.where(segment != before, index, 0)
     return index - jax.lax.cummax(first, axis=1)
-
-
-def _slots_per_row(slot, batch, tokens):
-    # Two index arrays that broadcast to [B, T].
-    return jnp.arange(batch)[:, None], slot[:, None] + jnp.arange(tokens, dtype=slot.dtype)[None, :]
-
-
-def _write(cached, new, slot):
-    # cached [B, S], new [B, T]
-    slot = jnp.asarray(slot, jnp.int32)
-    if slot.ndim == 0:
-        return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), (jnp.int32(0), slot))
-    row, slots = _slots_per_row(slot, *new.shape)
-    return cached.at[row, slots].set(new.astype(cached.dtype))
-
-
-def _write_layer(cached, new, slot, layer):
-    # cached [L, B, K, S, H], new [B, T, K, H]
-    slot = jnp.asarray(slot, jnp.int32)
-    if slot.ndim == 0:
-        zero = jnp.int32(0)
-        return jax.lax.dynamic_update_slice(cached, new.swapaxes(1, 2)[None], (layer, zero, zero, slot, zero))
-    row, slots = _slots_per_row(slot, *new.shape[:2])
-    return cached.at[layer, row, :, slots].set(new)  # the indexed axes come first: [B, T, K, H]
 
 
 def build(config, mesh=None):

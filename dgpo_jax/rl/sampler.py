@@ -1,287 +1,246 @@
-"""Sampling responses: prefill every prompt once, then decode all its samples together in one loop on the device.
+"""Sampling responses: slots, a queue of responses that wait for one, and a device that decodes a chunk of tokens at a time.
 
-Slots of the cache, for a prompt of 2 tokens in P = 4 prompt slots and R = 3 response slots:
+    prompts ──▶ prefill ──▶ insert into free slots ──▶ decode a chunk ──▶ responses that ended, to whoever wants them
+                                   ▲                         │
+                                   └──── the slots they had ─┘
 
-    slot       0    1    2    3  |  4    5    6
-    token      -    -    a    b  |  x    y    z       prompts end at slot P - 1, so that every row writes slot P + t
-    position   0    0    0    1  |  2    3    4       at the same time; padding has segment 0 and is never attended
-    segment    0    0    1    1  |  1    1    1
+A response that ends hands its slot to the next that waits. When none waits any more and those left fit into half the slots,
+they move together, and a program for that many slots takes over. So the cost follows the tokens sampled, and not the
+longest response. None of this changes a response: each token is drawn with a number that is named after it (drawing.py)
+from logits that depend on its own row. Slots, chunks, other rows and replicas move these by rounding at most; where two tokens
+are within rounding of the border, another one may be drawn.
 
-The first token comes from the logits of slot P - 1; the loop writes token t - 1 and samples token t, and ends as soon
-as every row has stopped. One program, compiled once.
-
-Randomness is one uniform number per (seed, stream, iteration, prompt, sample, token index), so that neither the number
-of devices, nor the order of rows, nor a restart changes a response.
+With several replicas each has its own share of the prompts and its own slots, and decodes at its own pace.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from dgpo_jax.ahead import Program
+from dgpo_jax.rl.desk import Desk
+from dgpo_jax.rl.drawing import Draw, Sampling
+from dgpo_jax.rl.slots import Chunk, Moves, Orders, Placement, Slots, decode, empty_slots, insert, move
+from dgpo_jax.sharding import to_device, to_host
 from dgpo_jax.types import KVCache, Prompts, Rollout
 
-
-class Sampling(NamedTuple):
-    """How tokens are drawn; static, so another value is another program."""
-
-    group_size: int  # G, samples per prompt
-    max_response: int  # R
-    stop_ids: tuple[int, ...]  # a response ends with the first of these
-    pad_id: int  # fills the slots behind it
-    temperature: float = 1.0  # 0 = greedy: the likeliest token, logprobs at temperature 1
-    top_p: float = 1.0  # 1 = off
-    top_k: int = 0  # 0 = off
+CHUNK = 64  # tokens decoded between two looks at what has ended
+PREFILL_TOKENS = 16_384  # prompt slots of one prefill on each replica, unless a single prompt is more
+SIZES = 4  # programs of `decode` at most: for all slots, half of them, a quarter, ...
+FEWEST_ROWS = 4  # of the smallest, on each replica
+REFILL_SHARE = 8  # decoding stops early for waiting responses when this fraction of the slots, 1/8, is free
 
 
-class Draw(NamedTuple):
-    """What names a batch of responses, besides prompt and sample."""
+class Sampled(NamedTuple):
+    """What sampling gives, on the host."""
 
-    seed: Any  # i32[]
-    stream: Any  # i32[], what the responses are for: TRAINING or EVALUATION
-    iteration: Any  # i32[]
-    first_prompt: Any  # i32[], number of this batch's first prompt within the iteration
-    first_sample: Any = 0  # i32[], number of this batch's first sample of every prompt
+    rollout: Rollout
+    row_steps: int  # rows times steps of the decoding loops, in which as many tokens were drawn as the rollout has
 
 
-TRAINING, EVALUATION = 0, 1
-
-# Probabilities are summed in blocks of this many tokens; then only one block of them is summed token by token.
-CDF_BLOCK = 256
-
-
-class LoopState(NamedTuple):
-    """What the decoding loop carries."""
-
-    index: Any  # i32[], response slots filled so far
-    active: Any  # bool[B], True until the stop token has been sampled
-    response: Any  # i32[B, R]
-    response_mask: Any  # bool[B, R]
-    logprobs: Any  # f32[B, R]
-    cache: KVCache  # S = P + R slots
-
-
-def make_sampler(model, sampling: Sampling, *, out_shardings=None) -> Callable[[Any, Prompts, Draw], Rollout]:
-    """Returns the jitted function (params, prompts, draw) -> Rollout with B = Q * G rows.
+def make_sampler(model, sampling: Sampling, *, slots: int, max_prompt: int, int8_cache: bool = False) -> "Sampler":
+    """A sampler for a model and its mesh.
 
     Args:
-        model: has `hidden(params, tokens, segment, position, cache, slot)`, `unembedding(params)` and
-            `make_cache(batch, slots)`.
-        out_shardings: a Rollout of shardings; left open, the second call may compile again.
+        model: has `mesh`, `make_cache`, `prefill`, `decode`, `unembedding`; see models/decoding.py.
+        slots: responses decoded at once, over all replicas; rounded up to a multiple of these.
+        max_prompt: P, tokens of the longest prompt.
+        int8_cache: keep keys and values in eight bits.
     """
-
-    def sample(params, prompts: Prompts, draw: Draw) -> Rollout:
-        keys = row_keys(draw, len(prompts.tokens), sampling.group_size)
-        cache, logits = prefill(model, params, prompts, sampling)
-        state = start(prompts, cache, logits, keys, sampling)
-        lengths = jnp.repeat(jnp.sum(prompts.mask, axis=1, dtype=jnp.int32), sampling.group_size)
-        slots = prompts.tokens.shape[1]
-
-        def going(state: LoopState):
-            return jnp.any(state.active) & (state.index < sampling.max_response)
-
-        def decode(state: LoopState) -> LoopState:
-            previous = state.index - 1
-            token = jax.lax.dynamic_index_in_dim(state.response, previous, axis=1)  # i32[B, 1]
-            hidden, cache = model.hidden(
-                params, token, jnp.ones_like(token), (lengths + previous)[:, None], state.cache, slots + previous
-            )
-            return record(state._replace(cache=cache), to_logits(model, params, hidden), keys, sampling)
-
-        state = jax.lax.while_loop(going, decode, state)
-        return Rollout(state.response, state.response_mask, state.logprobs, truncated=state.active)
-
-    return jax.jit(sample, out_shardings=out_shardings)
+    return Sampler(model, sampling, slots, max_prompt, int8_cache)
 
 
-def prefill(model, params, prompts: Prompts, sampling: Sampling):
-    """Runs every prompt once.
+class Sampler:
+    """See `make_sampler`. The programs compile on first use, or ahead of it through `programs`."""
 
-    Returns:
-        (KVCache with B rows and P + R slots, logits f32[Q, V] of each prompt's last token).
-    """
-    position = jnp.maximum(jnp.cumsum(prompts.mask, axis=1, dtype=jnp.int32) - 1, 0)
-    segment = prompts.mask.astype(jnp.int32)
-    cache = model.make_cache(*prompts.tokens.shape)
-    hidden, cache = model.hidden(params, prompts.tokens, segment, position, cache, 0)
-    logits = to_logits(model, params, hidden[:, -1:])
-    return share_prompts(cache, sampling.group_size, sampling.max_response), logits
+    def __init__(self, model, sampling: Sampling, slots: int, max_prompt: int, int8_cache: bool):
+        self.sampling = sampling
+        self.placement = placement = Placement(model.mesh)
+        self.replicas = placement.replicas
+        self.rows = -(-slots // self.replicas)  # C, slots of each replica
+        self.held = max(1, min(-(-self.rows // sampling.group_size), PREFILL_TOKENS // max_prompt))  # prompts of a prefill
+        self.sizes = sizes_of(self.rows, sampling.max_response)
+        chunk = min(CHUNK, sampling.max_response)
+        start = functools.partial(empty_slots, model, self.rows * self.replicas, max_prompt + sampling.max_response, int8_cache)
+        self.shapes = shapes = abstract_arrays(model, start, self.replicas, self.rows, self.held, max_prompt)
+        self._start = jax.jit(start, out_shardings=placement.shardings(shapes.slots))
+        self._prefill = placement.program(model.prefill, (None, shapes.tokens, shapes.length), shapes.prompts)
+        self._insert = placement.program(insert, (shapes.slots, shapes.prompts, shapes.orders, None), shapes.slots, donate=(0,))
+        self._move = placement.program(move, (shapes.slots, shapes.moves), shapes.slots, donate=(0,))
+        self._decode = {}
+        for rows in self.sizes:
+            function = functools.partial(decode, model, rows=rows, chunk=chunk, sampling=sampling)
+            outputs = (shapes.slots, Chunk(*[shapes.length] * len(Chunk._fields)))
+            self._decode[rows] = placement.program(function, (None, shapes.slots, None), outputs, donate=(1,))
 
+    def programs(self, params) -> list[Program]:
+        """What sampling compiles, given abstract decode params with shardings."""
+        place, shapes = self.placement.abstract, self.shapes
+        slots, prompts = place(shapes.slots), place(shapes.prompts)
+        prefill = (params, place(shapes.tokens), place(shapes.length))
+        number = place(jax.ShapeDtypeStruct((), jnp.int32), whole=True)
+        draw, target = Draw(*[number] * len(Draw._fields)), number
+        return [
+            Program("start", "rollout", self._start, ()),
+            Program("prefill", "rollout", self._prefill, prefill),
+            Program("insert", "rollout", self._insert, (slots, prompts, place(shapes.orders), draw)),
+            *([Program("move", "rollout", self._move, (slots, place(shapes.moves)))] if len(self.sizes) > 1 else []),
+            *(Program(f"decode {rows}", "rollout", function, (params, slots, target)) for rows, function in self._decode.items()),
+        ]
 
-def share_prompts(cache: KVCache, group_size: int, max_response: int) -> KVCache:
-    """Gives each of a prompt's samples its copy of the prompt's cache, with room for a response behind it."""
+    def __call__(self, params, prompts: Prompts, draw: Draw, on_finished: Callable[[int, np.ndarray], object] | None = None) -> Sampled:
+        """Samples G responses to each of the prompts.
 
-    def share(x, row_axis, slot_axis):
-        # Broadcast and reshape rather than `repeat`: a sharded row axis stays where it is.
-        shape = list(x.shape)
-        x = jnp.broadcast_to(
-            jnp.expand_dims(x, row_axis + 1), [*shape[: row_axis + 1], group_size, *shape[row_axis + 1 :]]
-        )
-        shape[row_axis] *= group_size
-        padding = [(0, 0)] * len(shape)
-        padding[slot_axis] = (0, max_response)
-        return jnp.pad(x.reshape(shape), padding)
+        Args:
+            params: decode params.
+            prompts: Q of them on the host; any number.
+            draw: ints.
+            on_finished: called with (response number, its tokens) as soon as one has ended, while others are sampled.
+        """
+        size = self.sampling.group_size
+        desk = Desk(len(prompts.tokens), size, self.replicas, self.rows, self.held)
+        sheet = Sheet(len(prompts.tokens) * size, self.sampling)
+        aligned, length = align_left(prompts)
+        numbers = to_device(Draw(*(np.int32(number) for number in draw)), self.placement.whole)
+        slots, rows, row_steps = self._start(), self.rows, 0
+        while desk.waiting or desk.most_taken:
+            while desk.wants_slots:
+                begun = desk.seat()
+                if not any(begun):
+                    chosen = desk.next_prompts().reshape(-1)
+                    held = self._prefill(params, self._put(aligned[chosen]), self._put(length[chosen]))
+                    continue
+                orders = make_orders(begun, self.rows, aligned, length, size, draw)
+                slots = self._insert(slots, held, self._put(orders), numbers)
+            if not desk.waiting:
+                rows, moves = self._shrink(desk, rows)
+                slots = self._move(slots, self._put(moves)) if moves else slots
+            slots, chunk = self._decode[rows](params, slots, to_device(self._target(desk, rows), self.placement.whole))
+            chunk = to_host(chunk)
+            row_steps += rows * int(chunk.steps.sum())
+            sheet.write(desk.seats[:, :rows].reshape(-1), chunk)
+            for response in desk.rise(rows, chunk.active.reshape(self.replicas, rows)).tolist():
+                if on_finished is not None:
+                    on_finished(response, sheet.tokens(response))
+        return Sampled(sheet.rollout(), row_steps)
 
-    return KVCache(share(cache.key, 1, 3), share(cache.value, 1, 3), share(cache.segment, 0, 1), share(cache.position, 0, 1))
+    def _put(self, tree):
+        return to_device(tree, self.placement.shardings(tree))
 
+    def _shrink(self, desk: Desk, rows: int) -> tuple[int, Moves | None]:
+        """The smallest number of slots that holds those left, and the moves that make it do."""
+        smaller = min(size for size in self.sizes if size >= desk.most_taken)
+        if smaller >= rows:
+            return rows, None
+        moves = desk.gather(smaller)
+        return smaller, make_moves(moves, self.rows) if any(moves) else None
 
-def to_logits(model, params, hidden):
-    """hidden dtype[B, 1, D] -> f32[B, V]."""
-    unembedding = model.unembedding(params).astype(hidden.dtype)
-    return jnp.einsum("bd,dv->bv", hidden[:, 0], unembedding, preferred_element_type=jnp.float32)
-
-
-def start(prompts: Prompts, cache: KVCache, logits, keys, sampling: Sampling) -> LoopState:
-    """The loop's state with the first token of every response in it."""
-    rows = len(prompts.tokens) * sampling.group_size
-    shape = (rows, sampling.max_response)
-    state = LoopState(
-        index=jnp.int32(0),
-        active=jnp.ones(rows, bool),
-        response=jnp.full(shape, sampling.pad_id, jnp.int32),
-        response_mask=jnp.zeros(shape, bool),
-        logprobs=jnp.zeros(shape, jnp.float32),
-        cache=cache,
-    )
-    return record(state, jnp.repeat(logits, sampling.group_size, axis=0), keys, sampling)
-
-
-def record(state: LoopState, logits, keys, sampling: Sampling) -> LoopState:
-    """Draws the next token of every row and writes it down where the row is still active.
-
-    Args:
-        logits: f32[B, V].
-        keys: key[B].
-    """
-    token, logprob = draw_tokens(logits, keys, state.index, sampling)
-    token = jnp.where(state.active, token, sampling.pad_id)
-    stopped = jnp.isin(token, jnp.array(sampling.stop_ids, jnp.int32)) if sampling.stop_ids else jnp.zeros_like(state.active)
-
-    def put(array, column):
-        return jax.lax.dynamic_update_slice_in_dim(array, column[:, None], state.index, axis=1)
-
-    return state._replace(
-        index=state.index + 1,
-        response=put(state.response, token),
-        response_mask=put(state.response_mask, state.active),
-        logprobs=put(state.logprobs, jnp.where(state.active, logprob, 0.0)),
-        active=state.active & ~stopped,
-    )
-
-
-def row_keys(draw: Draw, prompts: int, group_size: int):
-    """One key per response: key[Q * G]."""
-    base = jax.random.key(draw.seed)
-    for number in (draw.stream, draw.iteration):
-        base = jax.random.fold_in(base, number)
-    prompt = draw.first_prompt + jnp.arange(prompts)
-    prompt_keys = jax.vmap(jax.random.fold_in, (None, 0))(base, prompt)
-    sample = draw.first_sample + jnp.arange(group_size)
-    keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)), (0, None))(prompt_keys, sample)
-    return keys.reshape(prompts * group_size)
-
-
-def draw_tokens(logits, keys, index, sampling: Sampling):
-    """Draws one token a row.
-
-    Args:
-        logits: f32[B, V], not yet divided by the temperature.
-        keys: key[B]; with `index` (the token's place in its response) they give the row's uniform number.
-    Returns:
-        (token i32[B], logprob f32[B] under log_softmax(logits / temperature), top-p and top-k left out).
-    """
-    if sampling.temperature == 0:
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        return token, log_probability(logits, token)
-    logits = logits / sampling.temperature
-    uniform = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index)))(keys)
-    token = inverse_cdf(jax.nn.softmax(restrict(logits, sampling.top_p, sampling.top_k), axis=-1), uniform)
-    return token, log_probability(logits, token)
+    def _target(self, desk: Desk, rows: int) -> np.int32:
+        """How few active responses should end a chunk early, so that their slots are given away or given up."""
+        if self.replicas > 1:
+            return np.int32(0)  # a replica that stopped early would wait for the others
+        if desk.waiting:
+            return np.int32(rows - -(-rows // REFILL_SHARE))
+        return np.int32(max((size for size in self.sizes if size < rows), default=0))
 
 
-def log_probability(logits, token):
-    """f32[B, V], i32[B] -> f32[B]."""
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=1)
+class Shapes(NamedTuple):
+    """The arrays that go to and come from the programs, over all replicas; trees of jax.ShapeDtypeStruct."""
+
+    slots: Slots
+    prompts: KVCache  # prefilled
+    tokens: Any
+    length: Any
+    orders: Orders
+    moves: Moves
 
 
-def restrict(logits, top_p: float, top_k: int):
-    """Sets the logits of tokens outside top-k, then outside top-p of what is left, to -inf.
+def abstract_arrays(model, start, replicas: int, rows: int, held: int, max_prompt: int) -> Shapes:
+    """The shapes for so many slots and prompts held by each replica; `start` makes the slots."""
 
-    top-p keeps the likeliest tokens up to and including the one that brings their probability to top_p, so at least
-    one; ties at the border are all kept.
-    """
-    if top_k:
-        kept = jax.lax.top_k(logits, min(top_k, logits.shape[-1]))[0]
-        logits = jnp.where(logits < kept[:, -1:], -jnp.inf, logits)
-    if top_p < 1:
-        probabilities = jax.nn.softmax(logits, axis=-1)
-        logits = jnp.where(probabilities < nucleus_border(probabilities, top_p)[:, None], -jnp.inf, logits)
-    return logits
+    def integers(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.int32)
+
+    each, all_rows, prompts = integers(replicas), integers(replicas * rows), replicas * held
+    return Shapes(
+        jax.eval_shape(start), jax.eval_shape(lambda: model.make_cache(prompts, max_prompt, False)),
+        integers(prompts, max_prompt), integers(prompts), Orders(each, *[all_rows] * 6), Moves(each, all_rows, all_rows),
+    )  # fmt: skip
 
 
-def nucleus_border(probabilities, top_p: float):
-    """The smallest probability of a token that top-p keeps: those above it have less than top_p together.
-
-    Found by bisection of its bits, which as integers are in the order of the numbers they stand for: 31 sums over the
-    vocabulary, 9 to 22 ms at 32 x 49152 on 2 CPU cores, where sorting it took 380 ms; and TPUs sort slowly too.
-
-    Args:
-        probabilities: f32[B, V], 0 to 1.
-    Returns:
-        f32[B].
-    """
-
-    def halve(_, bounds):
-        low, high = bounds  # i32[B]; the border is one of low to high
-        middle = low + (high - low) // 2
-        above = jnp.where(probabilities > jax.lax.bitcast_convert_type(middle, jnp.float32)[:, None], probabilities, 0.0)
-        enough = jnp.sum(above, axis=-1) < top_p
-        return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-    low = jnp.zeros(len(probabilities), jnp.int32)
-    high = jax.lax.bitcast_convert_type(jnp.max(probabilities, axis=-1), jnp.int32)
-    border = jax.lax.fori_loop(0, 31, halve, (low, high))[1]
-    return jax.lax.bitcast_convert_type(border, jnp.float32)
+def sizes_of(rows: int, max_response: int) -> list[int]:
+    """Slots of each `decode` program, descending: a smaller one pays for its compilation only where responses are long."""
+    sizes = [rows]
+    while len(sizes) < min(SIZES, max_response // CHUNK) and sizes[-1] // 2 >= FEWEST_ROWS:
+        sizes.append(sizes[-1] // 2)
+    return sizes
 
 
-def inverse_cdf(probabilities, uniform):
-    """The token at which the running sum of probabilities first exceeds `uniform`, found in two levels.
+class Sheet:
+    """Where the tokens of B responses are written down; host numpy."""
 
-    A running sum over a vocabulary of 152K is slow, and one Gumbel number per entry slower still; block sums first,
-    then one block token by token.
+    def __init__(self, responses: int, sampling: Sampling):
+        shape = (responses, sampling.max_response)
+        self.stop_ids = sampling.stop_ids
+        self.response = np.full(shape, sampling.pad_id, np.int32)
+        self.logprobs = np.zeros(shape, np.float32)
+        self.length = np.zeros(responses, np.int64)
 
-    Args:
-        probabilities: f32[B, V], any positive sum.
-        uniform: f32[B] in [0, 1).
-    Returns:
-        i32[B]; never a token of probability 0, whatever the rounding.
-    """
-    rows, vocabulary = probabilities.shape
-    blocks = -(-vocabulary // CDF_BLOCK)
-    padded = jnp.pad(probabilities, [(0, 0), (0, blocks * CDF_BLOCK - vocabulary)])
-    padded = padded.reshape(rows, blocks, CDF_BLOCK)
-    block_sums = jnp.sum(padded, axis=2)
-    block_ends = jnp.cumsum(block_sums, axis=1)
-    target = uniform * block_ends[:, -1]
-    block = _first_above(block_sums, block_ends, target)
-    before = jnp.take_along_axis(block_ends, jnp.maximum(block - 1, 0)[:, None], axis=1)[:, 0]
-    inside = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    target = target - jnp.where(block > 0, before, 0.0)
-    return (block * CDF_BLOCK + _first_above(inside, jnp.cumsum(inside, axis=1), target)).astype(jnp.int32)
+    def write(self, seats: np.ndarray, chunk: Chunk) -> None:
+        """Adds what a chunk drew for the responses in these seats (i64[rows], -1 = none)."""
+        taken = np.flatnonzero(seats >= 0)
+        response, before = seats[taken], self.length[seats[taken]]
+        places = np.arange(chunk.token.shape[1])[None, :]
+        drawn = places < (chunk.count[taken] - before)[:, None]  # bool[X, chunk]
+        row, column = (np.broadcast_to(index, drawn.shape)[drawn] for index in (response[:, None], before[:, None] + places))
+        self.response[row, column] = chunk.token[taken][drawn]
+        self.logprobs[row, column] = chunk.logprob[taken][drawn]
+        self.length[response] = chunk.count[taken]
+
+    def tokens(self, response: int) -> np.ndarray:
+        """i32[length] of one response."""
+        return self.response[response, : self.length[response]]
+
+    def rollout(self) -> Rollout:
+        """All of them, once they have ended."""
+        mask = np.arange(self.response.shape[1])[None, :] < self.length[:, None]
+        last = np.take_along_axis(self.response, self.length[:, None] - 1, axis=1)[:, 0]
+        return Rollout(self.response, mask, self.logprobs, truncated=~np.isin(last, self.stop_ids))
 
 
-def _first_above(weights, ends, target):
-    """Index, per row, of the first positive entry whose running sum is above the target.
+def align_left(prompts: Prompts) -> tuple[np.ndarray, np.ndarray]:
+    """(i32[Q, P] with the tokens in front, i32[Q] lengths) of prompts that are padded on the left."""
+    length = prompts.mask.sum(axis=1).astype(np.int32)
+    tokens = np.zeros_like(prompts.tokens)
+    tokens[np.arange(tokens.shape[1])[None, :] < length[:, None]] = prompts.tokens[prompts.mask]
+    return tokens, length
 
-    A parallel running sum adds in an order that depends on the place, so it may rise by rounding across a weight of 0
-    and end above the last positive one: zeros are passed over by name, and the target is held below every rounding.
 
-    Args:
-        weights, ends: f32[B, X] and its running sum.
-        target: f32[B].
-    """
-    ends = jnp.where(weights > 0, ends, -jnp.inf)
-    target = jnp.minimum(target, jnp.max(ends, axis=1) * jnp.float32(1 - 2**-23))
-    return jnp.argmax(ends > target[:, None], axis=1)
+def make_orders(begun, rows: int, prompts: np.ndarray, length: np.ndarray, group_size: int, draw: Draw) -> Orders:
+    """Seats that `Desk.seat` gave, as `insert` takes them; prompts and length as from `align_left`."""
+    orders = Orders(np.zeros(len(begun), np.int32), *np.zeros((6, len(begun), rows), np.int32))
+    for replica, entries in enumerate(begun):
+        orders.number[replica] = len(entries)
+        for place, entry in enumerate(entries):
+            prompt, sample = divmod(entry.response, group_size)
+            values = (
+                entry.slot, entry.source, prompts[prompt, length[prompt] - 1], length[prompt] - 1,
+                draw.first_prompt + prompt, sample,
+            )  # fmt: skip
+            for array, value in zip(orders[1:], values, strict=True):
+                array[replica, place] = value
+    return Orders(orders.number, *(array.reshape(-1) for array in orders[1:]))
+
+
+def make_moves(moved, rows: int) -> Moves:
+    """Moves that `Desk.gather` made, as `move` takes them."""
+    moves = Moves(np.zeros(len(moved), np.int32), *np.zeros((2, len(moved), rows), np.int32))
+    for replica, pairs in enumerate(moved):
+        moves.number[replica] = len(pairs)
+        for place, (source, target) in enumerate(pairs):
+            moves.source[replica, place], moves.target[replica, place] = source, target
+    return Moves(moves.number, moves.source.reshape(-1), moves.target.reshape(-1))

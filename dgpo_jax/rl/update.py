@@ -32,7 +32,7 @@ class LossSettings(NamedTuple):
     method: str
     settings: dict[str, float | None]  # of the method, as `losses.token_loss` takes them
     temperature: float
-    logprob_chunk: int  # slots of a row whose logits are held at once
+    logprob_chunk: int  # slots of a device whose logits are held at once
     max_log_ratio: float = MAX_LOG_RATIO  # log-ratios are clamped to it
     kl: float = 0.0  # weight of the distance to the reference; 0 = batches need no reference
     kl_estimator: str = "k3"  # as `kl.kl_estimate` takes it
@@ -58,7 +58,7 @@ class Shardings(NamedTuple):
 class Programs(NamedTuple):
     """The jitted programs of one run."""
 
-    score: Callable  # (params, TrainBatch) -> logprobs f32[N, T]
+    score: Callable  # (params, TrainBatch) -> logprobs f32[N, T], of tokens in loss_mask; the others' mean nothing
     complete: Callable  # (TrainBatch, logprobs) -> (TrainBatch, Totals)
     zero: Callable  # (params) -> (gradients, Totals)
     accumulate: Callable  # (params, (gradients, Totals), TrainBatch) -> (gradients, Totals)
@@ -86,7 +86,7 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
     """Builds the programs of an update.
 
     Args:
-        model: has `hidden(params, tokens, segment, position)` and `unembedding(params)`.
+        model: has `hidden(params, tokens, segment, position)`, `unembedding(params)` and `mesh`.
         optimizer: optax transformation without the learning rate (`optimizer.make_optimizer`).
         shardings: every result is pinned to them; left open, layouts drift and the second call compiles again.
     """
@@ -94,11 +94,11 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
     settings = resolve_settings(loss.method, **loss.settings)
 
     def logprobs_of(params, batch: TrainBatch):
-        hidden, _ = model.hidden(params, batch.tokens, batch.segment, batch.position)
+        hidden = model.hidden(params, batch.tokens, batch.segment, batch.position)
         unembedding = model.unembedding(params).astype(hidden.dtype)
         return token_logprobs(
-            hidden, unembedding, batch.tokens, temperature=loss.temperature, chunk=loss.logprob_chunk,
-            entropy_gradient=loss.entropy > 0,
+            hidden, unembedding, batch.tokens, batch.loss_mask, temperature=loss.temperature, chunk=loss.logprob_chunk,
+            entropy_gradient=loss.entropy > 0, mesh=model.mesh,
         )  # fmt: skip
 
     def score(params, batch: TrainBatch):

@@ -1,0 +1,1 @@
+"""What programs take, read from what the compiler made of them: for the dry run."""

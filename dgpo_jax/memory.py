@@ -1,0 +1,82 @@
+"""What a rollout keeps in a device's memory, and so how many responses can be decoded at once.
+
+Known from shapes alone; activations are not counted, but by the margin.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+from dgpo_jax.build import Actor, Parts
+from dgpo_jax.config import Config
+from dgpo_jax.hardware import device_chip
+from dgpo_jax.models.parameters import parameter_count
+
+MARGIN = 0.15  # share of a device's memory that is left alone: prefill's activations, programs, fragmentation
+LOGITS_HELD = 3  # f32[V] of every slot that sampling a token may hold at once
+MULTIPLE = 8  # slots of a replica, where there are more
+
+
+class Memory(NamedTuple):
+    """Bytes on each device while responses are decoded."""
+
+    state: float  # master weights and two moments, f32
+    gradients: float  # their sum, f32: during updates only, but reserved throughout
+    decode: float  # the weights once more, whole on every replica
+    reference: float  # and those that a KL keeps the policy near
+    slot: float  # cache and logits of a response
+
+
+def forecast_memory(config: Config, parts: Actor | Parts) -> Memory:
+    """What the config will take on the parts' mesh."""
+    model, shape = parts.model.config, parts.mesh.shape
+    weights, width = parameter_count(model), parts.model.compute_dtype.itemsize
+    split = shape["fsdp"] * shape["tensor"]
+    tokens = config.rollout.max_prompt + config.rollout.max_response
+    per_head = model.head_width + 4 if config.rollout.int8_cache else width * model.head_width
+    cache = 2 * model.layers * tokens * model.key_heads * per_head / shape["tensor"]
+    return Memory(
+        state=3 * 4 * weights / split,
+        gradients=4 * weights / split,
+        decode=(1 if config.rollout.int8_weights else width) * weights / shape["tensor"],
+        reference=width * weights / split if config.kl.coefficient else 0.0,
+        slot=cache + LOGITS_HELD * 4 * model.vocab_size / shape["tensor"],
+    )
+
+
+def device_memory(parts: Actor | Parts) -> float | None:
+    """Bytes that one device may use; None where it is not known, as on a CPU."""
+    device = parts.mesh.devices.flat[0]
+    if device.platform == "cpu":
+        return None
+    try:
+        stats = device.memory_stats() or {}
+    except jax.errors.JaxRuntimeError:  # a device of a topology, which is only compiled for
+        stats = {}
+    if "bytes_limit" in stats:
+        return float(stats["bytes_limit"])
+    chip = device_chip(device)
+    return chip.memory if chip else None
+
+
+def choose_slots(config: Config, parts: Actor | Parts) -> int:
+    """Responses decoded at once, over all replicas: rollout.slots, or as many as fit.
+
+    Raises:
+        ValueError: not even one fits.
+    """
+    responses = config.rollout.prompts * config.rollout.group_size
+    capacity = device_memory(parts)
+    if config.rollout.slots or capacity is None:
+        return min(config.rollout.slots or responses, responses)
+    need = forecast_memory(config, parts)
+    taken = need.state + need.decode + need.reference
+    each = int((capacity * (1 - MARGIN) - taken) // need.slot)
+    if each < 1:
+        raise ValueError(
+            f"rollout.max_response is {config.rollout.max_response}, and no response of that length fits: of {capacity / 2**30:.1f} GiB per device"
+            f" {taken / 2**30:.1f} are taken by weights and moments, and a slot needs {need.slot / 2**30:.2f}; raise mesh.fsdp or mesh.tensor, or"
+            " lower rollout.max_response."
+        )
+    replicas = parts.mesh.size // parts.mesh.shape["tensor"]
+    return min(each // MULTIPLE * MULTIPLE or each, -(-responses // replicas)) * replicas

@@ -2,8 +2,8 @@
 
     python -m dgpo_jax.train --config=configs/smoke.py
 
-Hardware: 2 CPU cores, two and a half minutes. Nothing is downloaded.
-Expected: held-out accuracy rises from 9 % (greedy) and 35 % (average of 8 samples) to more than 90 % both.
+Hardware: 2 CPU cores, a minute and a quarter. Nothing is downloaded.
+Expected: held-out accuracy rises from 13 % (greedy) and 35 % (average of 8 samples) to more than 90 % both.
 
 The warm start learns from a careless teacher, whose sums are right but who boxes only two answers of five, and uses the wrong
 operation in one solution of five. What to box, and when to add, is left for DGPO to find out from rewards.
@@ -36,7 +36,7 @@ def get_config() -> Config:
             template="plain", low=0, high=9, slips=0.2, unmarked=0.6,
         ),
         rollout=RolloutConfig(prompts=32, group_size=8, max_prompt=32, max_response=16),
-        update=UpdateConfig(updates=4, tokens_per_row=128, tokens_per_device=2560, logprob_chunk=2560),
+        update=UpdateConfig(updates=4, tokens_per_row=128, tokens_per_device=1280, logprob_chunk=1280),
         optimizer=OptimizerConfig(learning_rate=2e-4, warmup_iterations=2, beta2=0.99, weight_decay=0.0),
         sft=SftConfig(updates=220, examples=64, learning_rate=3e-3, checkpoint_every=50),
         eval=EvalConfig(every=5, problems=128, samples=8),

@@ -15,6 +15,7 @@ from dgpo_jax.rl.packing import empty_batch
 from dgpo_jax.rl.update import Programs
 from dgpo_jax.session import say
 
+WORTH_A_LINE_S = 10.0  # a program that takes longer to compile is named when it is done
 MOST_AT_ONCE = 8  # each compilation takes memory of its own, a few GiB for a large model
 
 
@@ -48,7 +49,8 @@ def rollout_programs(parts: Parts, decode_params: Callable, samplers: Mapping[st
     """
     params = abstract_state(parts).params
     weights = place(jax.eval_shape(decode_params, params), decode_shardings(parts, int8))
-    return [Program("decode params", "rollout", decode_params, (params,))] + [
+    name = "decode params in int8" if int8 else "decode params"
+    return [Program(name, "rollout", decode_params, (params,))] + [
         program._replace(name=f"{purpose} {program.name}".lstrip())
         for purpose, sampler in samplers.items()
         for program in sampler.programs(weights)
@@ -65,9 +67,16 @@ def compile_run(parts: Parts, programs: Sequence[Program]) -> float:
     """
     for phase in dict.fromkeys(program.phase for program in programs):
         say(f"to compile, {phase}: {', '.join(program.name for program in programs if program.phase == phase)}")
+
+    def report(name: str, seconds: float) -> None:
+        if seconds >= WORTH_A_LINE_S:
+            say(f"  {name:<20} {seconds:6.1f} s")
+
     began = time.perf_counter()
-    compile_ahead(programs, count_threads(parts), report=lambda name, seconds: say(f"  {name:<20} {seconds:6.1f} s"))
-    return time.perf_counter() - began
+    compile_ahead(programs, count_threads(parts), report)
+    seconds = time.perf_counter() - began
+    say(f"compiled {len(programs)} programs in {seconds:.1f} s")
+    return seconds
 
 
 def count_threads(parts: Parts) -> int:

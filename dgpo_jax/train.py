@@ -147,8 +147,8 @@ def compile_all(config: Config, parts: Parts, programs: Programs, sampled_with) 
     """
     if not config.iterations:
         return 0.0
-    sampling = [program for arguments in sampled_with for program in rollout_programs(parts, *arguments)]
-    return compile_run(parts, [*update_programs(config, parts, programs), *sampling])
+    sampling = {program.name: program for arguments in sampled_with for program in rollout_programs(parts, *arguments)}
+    return compile_run(parts, [*update_programs(config, parts, programs), *sampling.values()])
 
 
 def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path) -> Progress:

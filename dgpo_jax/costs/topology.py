@@ -11,6 +11,8 @@ import re
 
 import jax
 
+from dgpo_jax.flags import set_flags
+
 # Slices that are sold, chips along each dimension; v5e and v6e are flat, the others are blocks.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 BLOCKS = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "4x4x16", "8x8x8")
@@ -44,7 +46,8 @@ def find_devices(name: str) -> list:
 
 def _tpu_devices(name: str) -> list:
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(f"--topology is {name!r}, but TPU programs need TPU's compiler; pip install 'dgpo_jax[dryrun]'.")
+        raise ValueError(f"--topology is {name!r}, but TPU programs need TPU's compiler; pip install -e '.[dryrun]'.")
+    set_flags(["tpu"])  # those that a run on it would have
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"  # asks no metadata server what machine this is
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"  # another process may be compiling too
     jax.config.update("jax_platforms", "cpu")

@@ -121,8 +121,11 @@ def _run(action, job, text, descriptor, limit_s):
     with open(source, "wb", closefd=False) as file:
         file.write(text.encode("utf-8", "surrogatepass"))
     os.lseek(source, 0, os.SEEK_SET)
-    child = os.fork()
+    runner, child = os.getpid(), os.fork()
     if child == 0:
+        _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
+        if os.getppid() != runner:
+            os._exit(1)  # it died before the line above tied this process to it
         _become_test(source, sink, descriptor, job, limit_s)
         os._exit(_exit_status(action))
     _, status, usage = os.wait4(child, 0)
@@ -161,7 +164,6 @@ def _threads_to_wait_for(threading):
 
 def _become_test(source, sink, descriptor, job, limit_s):
     """Leaves nothing in the child that it was not meant to have."""
-    _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
     nowhere = os.open(os.devnull, os.O_WRONLY)
     wanted = {0: source, 1: nowhere, 2: nowhere, descriptor: sink}
     spare = [os.dup(wanted[place]) for place in sorted(wanted)]  # beyond the places that are about to be filled

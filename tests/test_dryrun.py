@@ -99,7 +99,7 @@ def test_a_gpu_that_is_not_there_is_said_so():
 
 def test_without_libtpu_the_line_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'dgpo_jax\[dryrun\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '.\[dryrun\]'"):
         find_devices("v5e:2x2")
 
 

@@ -97,6 +97,7 @@ class Attention(nnx.Module):
         self.query_norm = RMSNorm(weights["query_norm"], config.norm_eps) if normed else None
         self.key_norm = RMSNorm(weights["key_norm"], config.norm_eps) if normed else None
 
+    @jax.named_scope("attention")
     def __call__(self, x, rotation, attend):
         query, key, value = self.query(x), self.key(x), self.value(x)
         if self.query_norm is not None:
@@ -114,6 +115,7 @@ class MLP(nnx.Module):
         self.up = Projection(weights["up"], "btd,df->btf")
         self.down = Projection(weights["down"], "btf,fd->btd")
 
+    @jax.named_scope("mlp")
     def __call__(self, x):
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
 

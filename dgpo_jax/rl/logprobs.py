@@ -22,6 +22,7 @@ from dgpo_jax.sharding import constrain
 AXES = ("batch", "tokens", None)
 
 
+@jax.named_scope("logprobs")
 def token_logprobs(
     hidden, unembedding, tokens, mask=None, *, temperature: float, chunk: int, entropy_gradient: bool = False, mesh=None
 ):

@@ -142,6 +142,7 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
         new_gradients, new_totals = jax.grad(batch_loss, has_aux=True)(params, batch)
         return jax.tree.map(jnp.add, gradients, new_gradients), merge_totals(totals, new_totals)
 
+    @jax.named_scope("optimizer")
     def apply(state: TrainState, gradients, learning_rate):
         grad_norm = optax.global_norm(gradients)
         finite = jnp.isfinite(grad_norm)

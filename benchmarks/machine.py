@@ -1,6 +1,5 @@
 """What this machine's first device can do: the rates that benchmarks state their figures as shares of."""
 
-import statistics
 import time
 from collections.abc import Callable
 
@@ -42,13 +41,6 @@ def bandwidth(gib: float = 0.5, repeats: int = 5) -> float:
         x = jax.block_until_ready(function(x))
         seconds.append(time.perf_counter() - began)
     return 2 * x.nbytes / min(seconds[1:])
-
-
-def median_seconds(function: Callable, repeats: int, warm_up: int = 2) -> float:
-    """Median of several calls."""
-    for _ in range(warm_up):
-        timed(function)
-    return statistics.median(timed(function) for _ in range(repeats))
 
 
 def describe() -> str:

@@ -15,13 +15,14 @@ from dataclasses import replace
 
 import jax
 import numpy as np
+from random_examples import random_examples
 
 from dgpo_jax.build import build_parts, build_programs, build_state
 from dgpo_jax.config import Config, load
 from dgpo_jax.learning import row_shape
 from dgpo_jax.recipe import resolve
 from dgpo_jax.rl.losses import METHODS
-from dgpo_jax.rl.packing import Example, pack
+from dgpo_jax.rl.packing import pack
 from dgpo_jax.rl.update import take_update
 from dgpo_jax.sharding import to_device
 
@@ -73,20 +74,10 @@ def with_method(config: Config, name: str) -> Config:
 
 def make_batches(config: Config, parts) -> list:
     """Microbatches full of responses whose ratios reach every region."""
-    rng = np.random.default_rng(0)
     rows = row_shape(config, parts)
     prompt, response = config.rollout.max_prompt, config.rollout.max_response
     count = rows["rows"] * (rows["tokens_per_row"] // (prompt + response))
-    vocabulary = parts.model.config.vocab_size
-    examples = [
-        Example(
-            rng.integers(1, vocabulary, prompt).astype(np.int32), rng.integers(1, vocabulary, response).astype(np.int32),
-            0.0, rng.normal(-np.log(vocabulary), 0.5, response).astype(np.float32),
-            float(rng.choice([-1.0, 1.0])), 1.0 / (count * response),
-        )
-        for _ in range(count)
-    ]  # fmt: skip
-    return pack(examples, **rows)
+    return pack(random_examples(count, prompt, response, parts.model.config.vocab_size), **rows)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,12 @@ What was chosen for them, each the fastest they have: f32 without gradient check
 responses, so that no forward pass is made for old or reference log-probabilities; all responses in one batch.
 """
 
-import queue
-import threading
-
 import tiny_model
 import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
-from turns import Case, serve
+from turns import Case, HeldLoop, serve
 
 SEEDS = 1000  # rounds that a trainer has prompts for
 
@@ -50,11 +47,10 @@ def prepare_generate(case: Case, folder: str):
     return generate
 
 
-class Learner(TrainerCallback):
+class Learner(HeldLoop, TrainerCallback):
     """TRL's trainer, held before every step until the round begins."""
 
     def __init__(self, case: Case, folder: str):
-        self.case, self.given, self.done, self.tokens = case, queue.Queue(), queue.Queue(), 0
         model, tokenizer = load(folder)
         texts = [text for seed in range(SEEDS) for text in tiny_model.prompts(case, seed)]
         settings = GRPOConfig(
@@ -68,16 +64,7 @@ class Learner(TrainerCallback):
             model, reward_funcs=self.rewards, args=settings, processing_class=tokenizer, callbacks=[self],
             train_dataset=Dataset.from_dict({"prompt": texts}),
         )  # fmt: skip
-        self.thread = threading.Thread(target=self.train, daemon=True)
-        self.thread.start()
-
-    def train(self) -> None:
-        """Until `close`; an error ends the round that met it."""
-        try:
-            self.trainer.train()
-            self.done.put(RuntimeError("training ended"))
-        except Exception as error:
-            self.done.put(error)
+        self.hold(self.trainer.train)
 
     def on_step_begin(self, args, state, control, **_):
         """Sampling belongs to the step: it begins only when the round does."""
@@ -92,19 +79,6 @@ class Learner(TrainerCallback):
         """Also counts the tokens."""
         self.tokens = sum(len(ids) for ids in completion_ids)
         return [tiny_model.reward(text) for text in completions]
-
-    def __call__(self, given) -> int:
-        """One iteration."""
-        self.given.put(given)
-        error = self.done.get()
-        if error is not None:
-            raise error
-        return self.tokens
-
-    def close(self) -> None:
-        """Ends the training loop."""
-        self.given.put(None)
-        self.thread.join(60)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,6 @@ samples without sorting (None would mean greedy); no log-probabilities from the 
 so that it makes no forward pass for old or reference log-probabilities; all responses in one batch.
 """
 
-import queue
-import threading
-
 import jax
 import numpy as np
 import optax
@@ -22,7 +19,7 @@ from tunix.models.qwen2 import params as qwen2_params
 from tunix.rl import rl_cluster
 from tunix.rl.grpo.grpo_learner import GRPOConfig, GRPOLearner
 from tunix.rl.rollout.base_rollout import RolloutConfig
-from turns import Case, serve
+from turns import Case, HeldLoop, serve
 
 
 def load_model(folder: str):
@@ -60,11 +57,11 @@ def prepare_sampler(case: Case, folder: str):
     return sample
 
 
-class Learner:
+class Learner(HeldLoop):
     """Its trainer, which asks for prompts: it is given those of a round when the round begins."""
 
     def __init__(self, case: Case, folder: str):
-        self.case, self.given, self.done, self.tokens = case, queue.Queue(), queue.Queue(), 0
+        self.case = case
         self.model, mesh, tokenizer = load_model(folder)
         self.rollout_config = RolloutConfig(
             max_tokens_to_generate=case.new_tokens, max_prompt_length=case.prompt_tokens, temperature=1.0, top_p=1.0,
@@ -83,17 +80,12 @@ class Learner:
         )  # fmt: skip
         settings = GRPOConfig(num_generations=case.samples, num_iterations=1, beta=0.0, epsilon=0.2)
         learner = GRPOLearner(cluster, settings, reward_fns=self.rewards)
-        self.thread = threading.Thread(target=self.train, args=(learner, mesh), daemon=True)
-        self.thread.start()
+        self.hold(lambda: self.train(learner, mesh))
 
     def train(self, learner: GRPOLearner, mesh) -> None:
-        """Until `close`; an error ends the round that met it."""
-        try:
-            with mesh:
-                learner.train(self.batches())
-            self.done.put(RuntimeError("training ended"))
-        except Exception as error:
-            self.done.put(error)
+        """Until `close`."""
+        with mesh:
+            learner.train(self.batches())
 
     def batches(self):
         """A batch when a round begins; being asked for the next one means that it has ended."""
@@ -107,19 +99,6 @@ class Learner:
         """Also counts the tokens, the stop token that is cut off included."""
         self.tokens = sum(min(len(text.split()) + 1, self.case.new_tokens) for text in completions)
         return [tiny_model.reward(text) for text in completions]
-
-    def __call__(self, given) -> int:
-        """One iteration."""
-        self.given.put(given)
-        error = self.done.get()
-        if error is not None:
-            raise error
-        return self.tokens
-
-    def close(self) -> None:
-        """Ends the training loop."""
-        self.given.put(None)
-        self.thread.join(60)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ twice, none of it timed) and then for rounds.
 
 import json
 import os
+import queue
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import venv
@@ -144,6 +146,41 @@ def serve(prepare: Callable[[Case, str], Callable[[Any], int]], make_input: Call
             reply = {"error": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(reply) + "\n")
         answers.flush()
+
+
+class HeldLoop:
+    """A peer's own training loop, which knows no rounds: in a thread, let go for one round at a time.
+
+    The loop takes what a round starts from out of `given`, where None tells it to end, puts None into `done` when the round is
+    over, and leaves the number of its response tokens in `tokens`.
+    """
+
+    def hold(self, loop: Callable[[], object]) -> None:
+        """Starts the thread; an error ends the round that met it."""
+
+        def run() -> None:
+            try:
+                loop()
+                self.done.put(RuntimeError("training ended"))
+            except Exception as error:
+                self.done.put(error)
+
+        self.given, self.done, self.tokens = queue.Queue(), queue.Queue(), 0
+        self.thread = threading.Thread(target=run, daemon=True)
+        self.thread.start()
+
+    def __call__(self, given) -> int:
+        """One round."""
+        self.given.put(given)
+        error = self.done.get()
+        if error is not None:
+            raise error
+        return self.tokens
+
+    def close(self) -> None:
+        """Ends the loop."""
+        self.given.put(None)
+        self.thread.join(60)
 
 
 def take_turns(sides: Sequence[Side], case: Case, rounds: int) -> list[list[Round]]:

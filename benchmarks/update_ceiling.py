@@ -26,13 +26,15 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from random_examples import random_examples
 
 from dgpo_jax.build import build_shardings
 from dgpo_jax.config import ModelConfig, OptimizerConfig
 from dgpo_jax.models import Model
-from dgpo_jax.models.parameters import decays, table
+from dgpo_jax.models.flops import causal_pairs, forward_flops
+from dgpo_jax.models.parameters import decays, parameter_count
 from dgpo_jax.rl.optimizer import make_optimizer
-from dgpo_jax.rl.packing import Example, pack
+from dgpo_jax.rl.packing import pack
 from dgpo_jax.rl.update import LossSettings, make_programs, take_update
 from dgpo_jax.sharding import make_mesh, to_device
 from dgpo_jax.types import TrainState
@@ -91,7 +93,7 @@ def measure(name: str, case: Case, rounds: int, remat: str) -> None:
     """Prints the rows of one case."""
     model, state, programs, batches, rate = build(case, remat)
     tokens = MICROBATCHES * case.rows * case.tokens_per_row
-    work = {"update": 3 * MICROBATCHES * forward_flops(case), "score": MICROBATCHES * forward_flops(case)}
+    work = {"update": 3 * MICROBATCHES * forward_work(case), "score": MICROBATCHES * forward_work(case)}
     multiply, matrix = jax.jit(jnp.matmul), jnp.ones((PRODUCT, PRODUCT), model.compute_dtype)
     holder = [state]
 
@@ -111,7 +113,7 @@ def measure(name: str, case: Case, rounds: int, remat: str) -> None:
             if round_number >= 2:  # the first compile and warm up
                 seconds[part].append(taken)
     product = 4 * 2 * PRODUCT**3
-    parameters = sum(np.prod(row.shape) for row in table(model.config).values()) / 1e6
+    parameters = parameter_count(model.config) / 1e6
     for part, flops in work.items():
         wall = statistics.median(own for own, _ in seconds[part])
         pairs = list(zip(seconds[part], seconds["product"], strict=True))
@@ -146,17 +148,7 @@ def build(case: Case, remat: str):
 
 def make_batches(case: Case) -> list:
     """Microbatches full of random sequences."""
-    rng, vocabulary = np.random.default_rng(0), case.model.vocab_size
-    count = MICROBATCHES * sequences(case)
-    examples = [
-        Example(
-            rng.integers(1, vocabulary, case.prompt).astype(np.int32),
-            rng.integers(1, vocabulary, case.response).astype(np.int32),
-            0.0, rng.normal(-np.log(vocabulary), 0.5, case.response).astype(np.float32),
-            float(rng.choice([-1.0, 1.0])), 1.0 / (count * case.response),
-        )
-        for _ in range(count)
-    ]  # fmt: skip
+    examples = random_examples(MICROBATCHES * sequences(case), case.prompt, case.response, case.model.vocab_size)
     return pack(examples, rows=case.rows, tokens_per_row=case.tokens_per_row)
 
 
@@ -165,14 +157,10 @@ def sequences(case: Case) -> int:
     return case.rows * (case.tokens_per_row // (case.prompt + case.response))
 
 
-def forward_flops(case: Case) -> float:
-    """Of one microbatch, by the formula above."""
-    model, length = case.model, case.prompt + case.response
-    in_layers = [row for name, row in table(model).items() if name.startswith("layers/") and name.endswith("/kernel")]
-    matrices = sum(float(np.prod(row.shape)) for row in in_layers)
-    attention = 2 * model.layers * model.heads * model.head_width * length * (length + 1)
-    each = 2 * matrices * length + 2 * model.width * model.vocab_size * case.response + attention
-    return sequences(case) * each
+def forward_work(case: Case) -> float:
+    """FLOPs of one microbatch, by the formula above."""
+    count, length = sequences(case), case.prompt + case.response
+    return forward_flops(case.model, count * length, count * causal_pairs(length), count * case.response)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from dgpo_jax.rewards.checkers import Checkers, CodeSettings, MathSettings
 from dgpo_jax.rl.correction import Correction
 from dgpo_jax.rl.optimizer import make_optimizer
 from dgpo_jax.rl.update import LossSettings, Programs, Shardings, make_programs
-from dgpo_jax.sharding import DECODE_RULES, make_mesh, sharding_for
+from dgpo_jax.sharding import DECODE_RULES, abstract, make_mesh, sharding_for
 from dgpo_jax.types import Problem, TrainBatch, TrainState
 
 
@@ -202,10 +202,7 @@ def abstract_state(parts: Parts) -> TrainState:
     """Shape, dtype and sharding of every array of the state, for restoring a checkpoint."""
     params = abstract_params(parts)
     shapes = TrainState(jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(parts.optimizer.init, params))
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes, parts.shardings.state,
-    )  # fmt: skip
+    return abstract(shapes, parts.shardings.state)
 
 
 def build_params(config: Config, parts: Actor | Parts):

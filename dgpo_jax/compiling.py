@@ -14,6 +14,7 @@ from dgpo_jax.learning import row_shape
 from dgpo_jax.rl.packing import empty_batch
 from dgpo_jax.rl.update import Programs
 from dgpo_jax.session import say
+from dgpo_jax.sharding import abstract
 
 WORTH_A_LINE_S = 10.0  # a program that takes longer to compile is named when it is done
 MOST_AT_ONCE = 8  # each compilation takes memory of its own, a few GiB for a large model
@@ -22,9 +23,9 @@ MOST_AT_ONCE = 8  # each compilation takes memory of its own, a few GiB for a la
 def update_programs(config: Config, parts: Parts, programs: Programs) -> list[Program]:
     """What the updates of an iteration call, one microbatch each; of a resolved config."""
     state, scalar = abstract_state(parts), parts.shardings.scalar
-    batch = place(empty_batch(**row_shape(config, parts)), parts.shardings.batch)
+    batch = abstract(empty_batch(**row_shape(config, parts)), parts.shardings.batch)
     gradients, totals = jax.eval_shape(programs.zero, state.params)
-    carry = (place(gradients, parts.shardings.state.params), place(totals, scalar))
+    carry = (abstract(gradients, parts.shardings.state.params), abstract(totals, scalar))
     rate = jax.ShapeDtypeStruct((), "float32", sharding=scalar)
     listed = [
         Program("accumulate", "update", programs.accumulate, (state.params, carry, batch)),
@@ -48,7 +49,7 @@ def rollout_programs(parts: Parts, decode_params: Callable, samplers: Mapping[st
         samplers: by what they are for, such as "greedy", which then begins the names of their programs; "" = training.
     """
     params = abstract_state(parts).params
-    weights = place(jax.eval_shape(decode_params, params), decode_shardings(parts, int8))
+    weights = abstract(jax.eval_shape(decode_params, params), decode_shardings(parts, int8))
     name = "decode params in int8" if int8 else "decode params"
     return [Program(name, "rollout", decode_params, (params,))] + [
         program._replace(name=f"{purpose} {program.name}".lstrip())
@@ -88,10 +89,3 @@ def count_threads(parts: Parts) -> int:
     if parts.mesh.devices.flat[0].platform == "cpu":
         return 1
     return min(MOST_AT_ONCE, os.cpu_count() or 1)
-
-
-def place(tree: Any, shardings: Any) -> Any:
-    """Shapes and dtypes of the arrays with these shardings, a tree like the first or one sharding for all of them."""
-    if isinstance(shardings, jax.sharding.Sharding):
-        shardings = jax.tree.map(lambda _: shardings, tree)
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)

@@ -25,6 +25,7 @@ from dgpo_jax.costs.roofline import Memory, Refusal
 from dgpo_jax.costs.topology import count_hosts, find_devices
 from dgpo_jax.files import write_whole
 from dgpo_jax.hardware import GIB, Chip, device_chip
+from dgpo_jax.memory import choose_slots
 from dgpo_jax.models.parameters import parameter_count
 from dgpo_jax.recipe import resolve
 from dgpo_jax.session import run_command
@@ -77,7 +78,7 @@ def dryrun(config: Config, workdir: Path | None, options: Options) -> Outlook:
     config, devices = resolve(config), find_devices(options.topology)
     shapes = forecast.build_shapes(config, devices)
     lengths = forecast.plan_lengths(config, options.mean_prompt, options.mean_response)
-    slots = forecast.plan_slots(config, shapes)
+    slots = choose_slots(config, shapes)
     steps = forecast.rollout_steps(config, shapes, lengths, slots) + forecast.update_steps(config, shapes, lengths)
 
     # Act 2, the compiler.

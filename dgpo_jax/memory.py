@@ -11,6 +11,7 @@ from dgpo_jax.build import Actor, Parts
 from dgpo_jax.config import Config
 from dgpo_jax.hardware import device_chip
 from dgpo_jax.models.parameters import parameter_count
+from dgpo_jax.sharding import count_decoding
 
 MARGIN = 0.15  # share of a device's memory that is left alone: prefill's activations, programs, fragmentation
 LOGITS_HELD = 3  # f32[V] of every slot that sampling a token may hold at once
@@ -78,5 +79,5 @@ def choose_slots(config: Config, parts: Actor | Parts) -> int:
             f" {taken / 2**30:.1f} are taken by weights and moments, and a slot needs {need.slot / 2**30:.2f}; raise mesh.fsdp or mesh.tensor, or"
             " lower rollout.max_response."
         )
-    replicas = parts.mesh.size // parts.mesh.shape["tensor"]
+    replicas = count_decoding(parts.mesh)
     return min(each // MULTIPLE * MULTIPLE or each, -(-responses // replicas)) * replicas

@@ -12,6 +12,7 @@ from dgpo_jax.memory import choose_slots, forecast_memory
 from dgpo_jax.models.parameters import parameter_count
 from dgpo_jax.recipe import PRESETS, ignored, method_settings, preset_choices
 from dgpo_jax.session import say, say_prompt
+from dgpo_jax.sharding import count_decoding
 
 
 def print_plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, object]) -> None:
@@ -111,11 +112,10 @@ def memory_line(config: Config, parts: Parts, slots: int) -> str:
         slots: responses decoded at once, over all replicas.
     """
     need = forecast_memory(config, parts)
-    replicas = parts.mesh.size / parts.mesh.shape["tensor"]
     sizes = {
         "training state": need.state + need.gradients,
         "decoding weights": need.decode,
-        "cache and logits": need.slot * slots / replicas,
+        "cache and logits": need.slot * slots / count_decoding(parts.mesh),
         "reference": need.reference,
     }
     return "per device " + ", ".join(f"{size / 2**30:.2f} GiB {name}" for name, size in sizes.items() if size)

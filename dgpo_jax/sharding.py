@@ -36,6 +36,11 @@ REPLICA_AXES = ("data", "fsdp", "context")
 DECODE_RULES = RULES | {"batch": REPLICA_AXES, "tokens": None, "width": None}
 
 
+def count_decoding(mesh):
+    """Groups of devices that decode rows of their own; the devices of one share its heads over `tensor`."""
+    return math.prod(mesh.shape[axis] for axis in REPLICA_AXES)
+
+
 def make_mesh(data=-1, fsdp=1, tensor=1, context=1, devices=None):
     """Arranges the devices as a mesh with the axes of MESH_AXES.
 
@@ -164,6 +169,17 @@ def map_shards(function, mesh, in_axes, out_axes, rules=RULES):
         out_specs=tuple(spec(axes) for axes in out_axes) if several else spec(out_axes),
         axis_names=set(mesh.axis_names) - set(manual), check_vma=False,
     )  # fmt: skip
+
+
+def abstract(tree, shardings):
+    """Shapes and dtypes of the arrays with these shardings, as programs are lowered with.
+
+    Args:
+        shardings: a tree like the first, one sharding for all of it, or None for no sharding.
+    """
+    if shardings is None or isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=shardings), tree)
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
 
 
 def to_device(tree, shardings=None):

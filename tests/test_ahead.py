@@ -4,26 +4,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dgpo_jax.ahead import Program, compile_ahead
 from dgpo_jax.sharding import make_mesh, sharding_for, to_device
 
-COMPILED = "/jax/core/compile/backend_compile_duration"
-
 
 @pytest.fixture
-def compilations():
-    """A list that grows by one name per program that the backend compiles, or reads from its cache on the disk."""
-    seen = []
-
-    def on_event(event, seconds, **_):
-        if event == COMPILED:
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    yield seen
-    jax.monitoring.unregister_event_duration_listener(on_event)
+def compiled():
+    with compilations() as names:
+        yield names
 
 
 def step_on(mesh, name, rows):
@@ -50,28 +41,28 @@ def step_on(mesh, name, rows):
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 4, 1)], ids=["one device", "data 2 x fsdp 4"])
-def test_a_call_after_compiling_ahead_compiles_nothing(sizes, compilations):
+def test_a_call_after_compiling_ahead_compiles_nothing(sizes, compiled):
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     programs, arguments = zip(*(step_on(mesh, f"step {rows}", rows) for rows in (8, 16, 24)), strict=True)
     finished = compile_ahead(programs, threads=2)
     assert sorted(name for name, _ in finished) == ["step 16", "step 24", "step 8"]
-    assert len(compilations) == 3
+    assert len(compiled) == 3
     with jax.transfer_guard("disallow"):  # as the loop of `train` has it; part of no key that would miss
         for program, make in zip(programs, arguments, strict=True):
             state, x = make()
             for _ in range(2):  # the second call takes what the first gave
                 state, x = program.function(state, x)
-    assert len(compilations) == 3
+    assert len(compiled) == 3
 
 
-def test_another_shape_does_compile_so_the_count_can_fail(compilations):
+def test_another_shape_does_compile_so_the_count_can_fail(compiled):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     program, _ = step_on(mesh, "step", 8)
     _, other = step_on(mesh, "other", 32)
     compile_ahead([program])
-    before = len(compilations)
+    before = len(compiled)
     program.function(*other())
-    assert len(compilations) > before
+    assert len(compiled) > before
 
 
 def test_every_program_is_reported_with_its_own_seconds():

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from compilations import compilations
 from tiny_config import get_config
 
 from dgpo_jax import build, compiling
@@ -18,8 +19,6 @@ from dgpo_jax.learning import learn
 from dgpo_jax.recipe import resolve
 from dgpo_jax.sharding import make_mesh
 from dgpo_jax.types import Experience, Rollout
-
-COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def config_for(**changes):
@@ -63,21 +62,12 @@ def test_updates_after_compiling_the_listed_programs_compile_nothing(parts, caps
     assert sorted(line.split("  ")[1] for line in said[2:-1]) == sorted(program.name for program in listed)
     assert said[-1].startswith("compiled 6 programs in ")
 
-    state, seen = build.build_state(config, parts), []
+    state = build.build_state(config, parts)
     jax.block_until_ready(state)
-
-    def on_event(event, seconds, fun_name="", **_):
-        if event == COMPILED:
-            seen.append(fun_name)
-
-    jax.monitoring.register_event_duration_secs_listener(on_event)
-    try:
-        with jax.transfer_guard("disallow"):
-            jax.block_until_ready(decode_params(state.params))
-            for iteration in (1, 2):  # the second on what the first gave
-                state, metrics = learn(config, parts, programs, state, experience_of(config, parts), np.array([[1, -1], [-1, 1]], np.float32), iteration)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(on_event)
+    with compilations() as seen, jax.transfer_guard("disallow"):
+        jax.block_until_ready(decode_params(state.params))
+        for iteration in (1, 2):  # the second on what the first gave
+            state, metrics = learn(config, parts, programs, state, experience_of(config, parts), np.array([[1, -1], [-1, 1]], np.float32), iteration)
     assert seen == []
     assert metrics["policy/tokens"] == 4 * config.rollout.max_response  # they were real updates
 

@@ -1,6 +1,5 @@
 """The sampler: with a table of next-token logits for a model, where every outcome is known, and with a real one."""
 
-import contextlib
 import functools
 import itertools
 from types import SimpleNamespace
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilations import compilations
 from tiny import MESHES, random_prompts, tiny_model, tiny_params
 
 from dgpo_jax.ahead import compile_program
@@ -436,8 +436,9 @@ def test_slots_and_devices_sample_the_same_tokens_with_programs_compiled_once(re
     rollout = run(PROMPTS, make_draw())
     for ours, expected in zip(rollout, real, strict=True):
         np.testing.assert_allclose(ours, expected, atol=1e-5)
-    with no_compilation():
+    with compilations() as compiled:
         other = run(PROMPTS[::-1], make_draw(iteration=1))
+    assert not compiled
     assert (other.response != rollout.response).any()
 
 
@@ -460,24 +461,8 @@ def test_programs_compiled_ahead_are_those_that_run(mesh_name):
         compile_program(program)
     params = jax.device_put(jax.device_get(tiny_params("one device")), shardings)
     jax.block_until_ready(params)
-    with no_compilation():
+    with compilations() as compiled:
         sample(params, left_padded(PROMPTS, 4), make_draw())
-
-
-@contextlib.contextmanager
-def no_compilation():
-    """Fails if anything compiles in here."""
-    compiled = []
-
-    def listen(name, duration, **known):
-        if name == "/jax/core/compile/backend_compile_duration":
-            compiled.append(known["fun_name"])
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
     assert not compiled
 
 

@@ -13,9 +13,9 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from compilations import compilations
 
 from dgpo_jax import train
 from dgpo_jax.build import abstract_state, build_parts
@@ -264,16 +264,8 @@ def test_a_finished_run_started_again_computes_nothing(undisturbed, tmp_path, mo
 
 @pytest.fixture
 def compiled():
-    """{name of a jitted function: how often it was compiled} in what follows."""
-    counts = collections.Counter()
-
-    def listen(name, duration, **known):
-        if name == "/jax/core/compile/backend_compile_duration":
-            counts[known["fun_name"].removeprefix("jit(").removesuffix(")")] += 1
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    yield counts
-    jax.monitoring.unregister_event_duration_listener(listen)
+    with compilations() as names:
+        yield names
 
 
 MESHES = {"data 8": MeshConfig(8, 1, 1), "fsdp 4 x tensor 2": MeshConfig(1, 4, 2)}
@@ -305,4 +297,5 @@ def test_eight_devices_go_on_with_a_run_of_one_and_do_the_same_with_programs_com
 
     # Ahead or when first called, but never twice: training, greedy and avg@k have a sampler each.
     expected = dict.fromkeys(("score", "complete", "zero", "accumulate", "apply"), 1) | dict.fromkeys(("prefill", "insert", "decode"), 3)
-    assert {name: compiled[name] for name in expected} == expected, compiled
+    counts = collections.Counter(compiled)
+    assert {name: counts[name] for name in expected} == expected, counts

@@ -25,7 +25,6 @@ from dgpo_jax.build import (
 )
 from dgpo_jax.compiling import rollout_programs, update_programs
 from dgpo_jax.config import Config, ModelConfig
-from dgpo_jax.memory import choose_slots
 from dgpo_jax.models import Model, config_from_folder
 from dgpo_jax.models.flops import rollout_flops, training_flops
 from dgpo_jax.models.parameters import abstract_parameters, decays
@@ -103,12 +102,6 @@ def plan_lengths(config: Config, prompt: int = 0, response: int = 0) -> Lengths:
         if not 0 <= value <= limit:
             raise ValueError(f"--mean-{flag} is {value}, but rollout.max_{flag} is {limit}; give 1 to {limit}, or 0 for that.")
     return Lengths(prompt or config.rollout.max_prompt, response or config.rollout.max_response)
-
-
-def plan_slots(config: Config, shapes: Shapes) -> int:
-    """Responses decoded at once: rollout.slots, or as many as a run would choose."""
-    responses = config.rollout.prompts * config.rollout.group_size
-    return min(config.rollout.slots, responses) or choose_slots(config, shapes)
 
 
 def count_microbatches(config: Config, shapes: Shapes, lengths: Lengths) -> int:

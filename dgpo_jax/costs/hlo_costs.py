@@ -28,6 +28,7 @@ from dgpo_jax.costs.hlo_memory import moved_bytes
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 
+
 class Costs(NamedTuple):
     """Of one device and one run; all floats."""
 

@@ -55,9 +55,6 @@ def attention(query, key, value, query_segment, query_position, key_segment, key
     """
     devices = mesh.shape["context"] if mesh is not None and split_rows else 1
     chosen = choose(implementation, platform_of(mesh), devices, interpret)
-    own_tokens = query.shape[1] == key.shape[2]
-    if chosen in KERNELS and implementation == "auto" and not own_tokens:
-        chosen = "auto"  # keys of other tokens, such as a cache's
 
     def on_one_device(query, key, value, query_segment, query_position, key_segment, key_position):
         slot = local_slots(query.shape[1], devices)

@@ -25,7 +25,7 @@ from dgpo_jax.ahead import Program
 from dgpo_jax.rl.desk import Desk
 from dgpo_jax.rl.drawing import Draw, Sampling
 from dgpo_jax.rl.slots import Chunk, Moves, Orders, Placement, Slots, decode, empty_slots, insert, move
-from dgpo_jax.sharding import to_device, to_host
+from dgpo_jax.sharding import abstract, to_device, to_host
 from dgpo_jax.types import KVCache, Prompts, Rollout
 
 CHUNK = 64  # tokens decoded between two looks at what has ended
@@ -79,17 +79,15 @@ class Sampler:
 
     def programs(self, params) -> list[Program]:
         """What sampling compiles, given abstract decode params with shardings."""
-        place, shapes = self.placement.abstract, self.shapes
-        slots, prompts = place(shapes.slots), place(shapes.prompts)
-        prefill = (params, place(shapes.tokens), place(shapes.length))
-        number = place(jax.ShapeDtypeStruct((), jnp.int32), whole=True)
+        placed = Shapes(*(abstract(tree, self.placement.shardings(tree)) for tree in self.shapes))
+        number = jax.ShapeDtypeStruct((), jnp.int32, sharding=self.placement.whole)
         draw, target = Draw(*[number] * len(Draw._fields)), number
         return [
             Program("start", "rollout", self._start, ()),
-            Program("prefill", "rollout", self._prefill, prefill),
-            Program("insert", "rollout", self._insert, (slots, prompts, place(shapes.orders), draw)),
-            *([Program("move", "rollout", self._move, (slots, place(shapes.moves)))] if len(self.sizes) > 1 else []),
-            *(Program(f"decode {rows}", "rollout", function, (params, slots, target)) for rows, function in self._decode.items()),
+            Program("prefill", "rollout", self._prefill, (params, placed.tokens, placed.length)),
+            Program("insert", "rollout", self._insert, (placed.slots, placed.prompts, placed.orders, draw)),
+            *([Program("move", "rollout", self._move, (placed.slots, placed.moves))] if len(self.sizes) > 1 else []),
+            *(Program(f"decode {rows}", "rollout", function, (params, placed.slots, target)) for rows, function in self._decode.items()),
         ]
 
     def __call__(self, params, prompts: Prompts, draw: Draw, on_finished: Callable[[int, np.ndarray], object] | None = None) -> Sampled:

@@ -21,7 +21,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dgpo_jax.quantization import is_quantised, quantise
 from dgpo_jax.rl.drawing import Draw, Sampling, base_key, draw_tokens, row_keys
-from dgpo_jax.sharding import DECODE_RULES, constrain
+from dgpo_jax.sharding import DECODE_RULES, REPLICA_AXES, constrain, count_decoding
 from dgpo_jax.types import KVCache
 
 
@@ -170,13 +170,13 @@ class Placement(NamedTuple):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Mesh axes along which replicas lie: all but `tensor`, which is inside one."""
-        return tuple(axis for axis in self.mesh.axis_names if axis != "tensor") if self.mesh is not None else ()
+        """Mesh axes along which replicas lie; `tensor` is inside one."""
+        return REPLICA_AXES if self.mesh is not None else ()
 
     @property
     def replicas(self) -> int:
         """Groups of devices that decode independently."""
-        return self.mesh.size // self.mesh.shape["tensor"] if self.mesh is not None else 1
+        return count_decoding(self.mesh) if self.mesh is not None else 1
 
     def specs(self, tree):
         """Rows of every array split over the replicas; a cache has its layers before its rows."""
@@ -193,13 +193,6 @@ class Placement(NamedTuple):
     def whole(self):
         """The sharding of what every replica has all of; None without a mesh."""
         return None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
-
-    def abstract(self, tree, whole: bool = False):
-        """The shapes with these shardings, as a program is lowered with."""
-        shardings = jax.tree.map(lambda _: self.whole, tree) if whole or self.mesh is None else self.shardings(tree)
-        if self.mesh is None:
-            return tree
-        return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
 
     def program(self, function: Callable, arguments: tuple, outputs, donate: tuple[int, ...] = ()):
         """Jits a function of one replica, to run on every replica's part of the arguments.

@@ -21,6 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+SMALLEST, LARGEST = 2.0**-126, 2.0**127  # of numbers that float32 holds, 0 apart
+
 
 def require(condition: bool, name: str, value, rule: str, fix: str) -> None:
     """Raises ValueError with the setting, its value, the rule it breaks, and what to do."""
@@ -99,7 +101,7 @@ class DataConfig:
     template: str = "chat"  # chat = the tokenizer's chat template; r1 = DeepSeek-R1-Distill's; qwen_math = Qwen2.5-Math's; plain = the problem and a newline; or a text with {problem}
     system: str = ""  # system message; '' = the template's own default
     instruction: str = ""  # appended to every problem; '' = the template's own default, which r1 has; such as 'Put your final answer in \\boxed{}.'
-    too_long: Literal["error", "drop"] = "error"  # what to do with a prompt of more than rollout.max_prompt tokens
+    too_long: Literal["error", "drop", "cut"] = "error"  # what to do with a prompt of more than rollout.max_prompt tokens; cut = leave out the beginning of the problem, never of the template
 
 
 @dataclass(frozen=True)
@@ -325,7 +327,7 @@ class OptimizerConfig:
     weight_decay: float = 0.1  # per update, times the learning rate
     decay: Literal["matrices", "all"] = "matrices"  # which parameters decay: matrices = not norms and biases
     clip_norm: float = 1.0  # gradients of a larger global norm are scaled down to it
-    max_skipped: int = 10  # updates in a row that may be skipped for a non-finite gradient before the run stops
+    max_skipped: int = 10  # updates in a row that may be skipped, for a gradient, loss or log-probability that is not finite, before the run stops
 
     def __post_init__(self):
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "it scales a step", "give more than 0")
@@ -412,12 +414,50 @@ class PrepareConfig:
 class CheckpointConfig:
     """What is kept for a restart."""
 
-    every: int = 10  # iterations; the last one is always saved
+    every: int = 10  # iterations; the last one is always saved, and what a signal ends
     keep: int = 2  # newest checkpoints kept
+    keep_best: int = 1  # kept besides: those with the best evaluations, saved whenever one is made; 0 = none
+    best_by: str = ""  # metric that says which is best, such as eval/greedy; '' = eval/avg@k of the held-out problems, eval/greedy without samples
+    accept_changes: str = ""  # settings that may differ from those the run was started with, on purpose: 'optimizer.learning_rate, rollout' or problems (an edited data set); all = any
 
     def __post_init__(self):
         require(self.every > 0, "checkpoint.every", self.every, "it counts iterations", "give at least 1")
         require(self.keep > 0, "checkpoint.keep", self.keep, "a restart needs one", "give at least 1")
+        require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "it counts checkpoints", "give 0 for none")
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """What is watched while a run goes on, and when it is ended."""
+
+    silence_minutes: float = 15.0  # without any progress, after which a line says what is waited for; longer than the longest compilation; 0 = never
+    stop_when_silent: bool = False  # then also save, if that is possible, and stop, so that whoever started the run can start it again
+    max_gap: float | None = None  # warn of a larger mean gap between sampler and trainer, in nats; None = 0.001 in float32, 0.1 in bfloat16 or with int8
+    min_entropy: float = 0.01  # warn of a lower entropy, in nats per token
+    max_truncated: float = 0.5  # warn of a larger share of responses that are cut off
+
+    def __post_init__(self):
+        require(self.silence_minutes >= 0, "guard.silence_minutes", self.silence_minutes, "it is a time", "give 0 for never")
+        require(
+            not self.stop_when_silent or self.silence_minutes > 0, "guard.stop_when_silent", True,
+            "nobody listens with guard.silence_minutes at 0", "give a time there",
+        )  # fmt: skip
+        require(self.max_gap is None or self.max_gap > 0, "guard.max_gap", self.max_gap, "a gap is never exactly 0", "give more than 0, or None")
+        require(self.min_entropy >= 0, "guard.min_entropy", self.min_entropy, "an entropy is at least 0", "give 0 for no warning")
+        require(0 < self.max_truncated <= 1, "guard.max_truncated", self.max_truncated, "it is a share", "give more than 0; 1 for no warning")
+
+
+@dataclass(frozen=True)
+class HostsConfig:
+    """Several processes that train one model: a TPU pod, or GPUs of several machines."""
+
+    cluster: Literal["none", "auto"] = "none"  # auto = one of several processes, as a TPU pod, Slurm, Kubernetes or Open MPI say; python -m dgpo_jax.launch needs no setting
+    heartbeat_s: int = 20  # after so long without a sign of life a process counts as dead, and all others end
+    start_s: int = 300  # how long processes wait for each other at the start
+
+    def __post_init__(self):
+        for name in ("heartbeat_s", "start_s"):
+            require(getattr(self, name) >= 5, f"hosts.{name}", getattr(self, name), "a busy machine is silent for seconds", "give at least 5")
 
 
 @dataclass(frozen=True)
@@ -428,6 +468,9 @@ class Config:
     seed: int = 0  # of weights, data order and sampling
     iterations: int = 100  # each is one rollout and the updates made from it
     profile: str = ""  # iterations to trace into workdir/profile, such as '3,5-6'; '' = none
+    stop_after_minutes: float = 0.0  # save and end with exit code 75 rather than begin an iteration that would go beyond this; 0 = no limit
+    grace_seconds: float = 30.0  # from SIGTERM or Ctrl-C to the kill that follows it: what cannot be finished in time is dropped
+    deterministic: bool = False  # on GPUs: only operations that give the same bits every time; slower. CPU and TPU do so anyway
     peak_tflops: float = 0.0  # of one device, 1e12 FLOP/s, that MFU is a share of; 0 = the chip's own figure, and no MFU where the chip is not in dgpo_jax/hardware.py
     model: ModelConfig = field(default_factory=ModelConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
@@ -444,15 +487,23 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    hosts: HostsConfig = field(default_factory=HostsConfig)
 
     def __post_init__(self):
         require(self.iterations >= 0, "iterations", self.iterations, "it counts iterations", "give 0 for the warm start only")
         require(0 <= self.seed < 2**31, "seed", self.seed, "random keys take 31 bits", "give 0 to 2147483647")
+        for name, value in flatten(self).items():
+            if isinstance(value, (int, float)):
+                largest = 2**31 if isinstance(value, int) else LARGEST
+                require(value == 0 or SMALLEST < abs(value) < largest, name, value, "numbers are kept in 32 bits", "give a usual one")
         require(
             parse_iterations(self.profile) is not None, "profile", self.profile, "it names iterations, from 1 on and in order within a range",
             "give numbers and ranges with commas between them, such as '3,5-6', or '' for none",
         )  # fmt: skip
         require(0 <= self.peak_tflops < math.inf, "peak_tflops", self.peak_tflops, "it is a rate in 1e12 FLOP/s", "give 0 for the chip's own")
+        require(self.stop_after_minutes >= 0, "stop_after_minutes", self.stop_after_minutes, "it is a time", "give 0 for no limit")
+        require(self.grace_seconds >= 0, "grace_seconds", self.grace_seconds, "it is a time", "give 0 to drop what is under way")
         if self.mesh.context > 0:  # else it is known with the devices
             self.update.rows_per_replica(self.mesh.context)
         require(
@@ -479,7 +530,7 @@ class Config:
 MAY_CHANGE = (
     "iterations", "mesh", "checkpoint", "rollout.slots", "update.tokens_per_device", "reward.workers", "reward.deadline_s",
     "reward.memory_mb", "code.workers", "eval.every", "eval.responses", "prepare", "data.data_dir", "data.manual_dir",
-    "sft.checkpoint_every", "profile", "peak_tflops",
+    "sft.checkpoint_every", "profile", "peak_tflops", "stop_after_minutes", "grace_seconds", "deterministic", "guard", "hosts",
 )  # fmt: skip
 
 
@@ -614,7 +665,7 @@ def to_json(config: Config) -> str:
 
 
 __all__ = [
-    "CheckpointConfig", "CodeConfig", "Config", "CorrectionConfig", "DataConfig", "EvalConfig", "KlConfig", "LossConfig", "MeshConfig", "ModelConfig", "NoOptions",
+    "CheckpointConfig", "CodeConfig", "Config", "CorrectionConfig", "DataConfig", "EvalConfig", "GuardConfig", "HostsConfig", "KlConfig", "LossConfig", "MeshConfig", "ModelConfig", "NoOptions",
     "OptimizerConfig", "PrepareConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "default_workdir",
     "fixed_settings", "flatten", "load", "parse_command", "to_json",
 ]  # fmt: skip

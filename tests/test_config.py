@@ -456,10 +456,15 @@ def test_fixed_settings_leave_out_only_what_may_change():
     config = Config()
     left_out = flatten(config).keys() - fixed_settings(config).keys()
     assert left_out == {
-        "iterations", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "rollout.slots", "checkpoint.every", "checkpoint.keep", "reward.workers",
+        "iterations", "mesh.data", "mesh.fsdp", "mesh.tensor", "mesh.context", "rollout.slots", "reward.workers",
         "reward.deadline_s", "reward.memory_mb", "code.workers", "eval.every", "eval.responses", "update.tokens_per_device",
-        "data.data_dir", "data.manual_dir", "sft.checkpoint_every", "profile", "peak_tflops",
-    } | {f"prepare.{field.name}" for field in dataclasses.fields(PrepareConfig)}  # fmt: skip
+        "data.data_dir", "data.manual_dir", "sft.checkpoint_every", "profile", "peak_tflops", "stop_after_minutes", "grace_seconds",
+        "deterministic",
+    } | {
+        f"{group}.{field.name}"
+        for group in ("prepare", "checkpoint", "guard", "hosts")
+        for field in dataclasses.fields(getattr(config, group))
+    }  # fmt: skip
     assert fixed_settings(config)["loss.method"] == "dgpo"
 
 

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from dgpo_jax.config import ModelConfig
 from dgpo_jax.models import config_from_folder, load_parameters, load_pretrained
+from dgpo_jax.models.hf import INDEX
 from dgpo_jax.sharding import make_mesh
 
 # Made by golden/make_models.py with torch 2.13.0 and transformers 5.23.0.
@@ -99,6 +100,19 @@ def test_settings_of_both_generations_of_config_files_are_read(folder):
     ({"hidden_act": "gelu"}, "hidden_act='gelu' is not covered, only 'silu'"),
     ({"quantization_config": {"bits": 4}}, "quantization_config=.*is not covered"),
     ({"hidden_size": None}, "hidden_size=None; it must be a positive whole number"),
+    ({"hidden_size": True}, "hidden_size=True; it must be a positive whole number"),
+    ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000, and no known model has more than 1000"),
+    ({"vocab_size": 2**25}, "vocab_size=33554432, and no known model has more than 16777216"),
+    ({"num_key_value_heads": 3}, "config.json: model.heads is 4, but key heads are shared evenly and there are 3"),
+    ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'; it must be a positive number"),
+    ({"rms_norm_eps": float("nan")}, "rms_norm_eps=nan; it must be a positive number"),
+    ({"initializer_range": -0.1}, "initializer_range=-0.1; it must be a positive number"),
+    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0; it must be a positive number"),
+    ({"rope_parameters": [1]}, r"rope_parameters=\[1\]; it must be an object"),
+    ({"rope_parameters": {"rope_type": "yarn", "factor": "2", "original_max_position_embeddings": 8}}, "factor='2'; it must be a positive number"),
+    ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false'; it must be true or false"),  # which Python takes for True
+    ({"layer_types": [["full_attention"]]}, "layer_types has .*only full_attention"),
+    ({"architectures": [["LlamaForCausalLM"]]}, "is not covered; choose one of Qwen2ForCausalLM"),
 ])
 def test_a_config_that_would_be_computed_differently_is_refused(folder, change, message):
     change_config(folder, **change)
@@ -150,6 +164,57 @@ def test_missing_and_broken_files_are_refused(folder, tmp_path):
         load_pretrained(folder)
     with pytest.raises(ValueError, match="not a folder here, and the Hugging Face hub did not give it"):
         load_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("content, message", [
+    (b"[]", r"config.json: holds \[\] and no object"),
+    (b"\xff\xfe", "config.json: not JSON"),
+    (b"[" * 100_000, "config.json: not JSON"),
+    (b'{"hidden_size": ' + b"1" * 5000 + b"}", "config.json: not JSON .*4300 digits"),
+])  # fmt: skip
+def test_a_config_that_is_no_object_is_refused(folder, content, message):
+    (folder / "config.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        config_from_folder(folder)
+
+
+@pytest.mark.parametrize("listed, message", [
+    ("../other/model.safetensors", "is not a file of its own folder"),  # an index was written by others
+    ("/etc/passwd", "is not a file of its own folder"),
+    ("a\nb", "is not a file of its own folder"),
+    (3, "its weight_map is not an object of tensor and file names"),
+    ("elsewhere.safetensors", "elsewhere.safetensors is missing; download"),
+])  # fmt: skip
+def test_an_index_that_names_no_file_of_the_folder_is_refused(tmp_path, listed, message):
+    folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "model")
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.norm.weight"] = listed
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match=message) as error:
+        load_pretrained(folder)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path):
+    folder = shutil.copytree(GOLDEN / "qwen2", tmp_path / "model")
+    files = sorted(folder.glob("*.safetensors"))
+    save_file(load_file(files[0]) | {"model.norm.weight": np.zeros(32, np.float32)}, files[0])
+    with pytest.raises(ValueError, match=r"holds model\.norm\.weight, which another file holds too"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("mesh", [None, (1, 4, 2)])
+@pytest.mark.parametrize("name, value", [
+    ("model.layers.1.self_attn.q_proj.weight", np.nan), ("model.norm.weight", np.inf), ("model.embed_tokens.weight", -np.inf),
+])  # fmt: skip
+def test_a_weight_that_is_not_finite_is_refused_by_name(folder, name, value, mesh):
+    def spoil(tensors):
+        tensors[name] = np.array(tensors[name], np.float32)
+        tensors[name].flat[-1] = value  # on a mesh, in the part of the last device
+
+    change_tensors(folder, spoil)
+    with pytest.raises(ValueError, match=f"{name} has 1 values of .* that are NaN or infinite"):
+        load_pretrained(folder, mesh and make_mesh(*mesh))
 
 
 def test_a_name_that_the_hub_cannot_be_asked_for_is_refused_shortly(monkeypatch):

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from dgpo_jax.data.generated import GeneratedProblems
-from dgpo_jax.data.prompts import BOXED, Template, encode_examples, encode_prompts, fit_prompts
+from dgpo_jax.data.prompts import BOXED, Template, encode_examples, encode_prompts, fit
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dgpo_jax.types import Problem
 
@@ -172,6 +173,33 @@ def test_a_tokenizer_that_is_not_there_is_refused(path, message):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json and tokenizer_config\.json"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file, content, message", [
+    ("tokenizer_config.json", "3", "cannot be loaded"),  # transformers: AttributeError
+    ("tokenizer_config.json", '{"model_max_length": "many"}', "cannot be loaded"),  # loads; TypeError at the first text
+    ("tokenizer.json", '{"version": "1.0", "padding": "x"}', "cannot be loaded"),  # tokenizers: a bare Exception
+    ("generation_config.json", "{", "generation_config.json: cannot be read"),
+    ("generation_config.json", "[]", r"holds \[\] and no object; download it again, or delete it"),
+    ("generation_config.json", '{"eos_token_id": "2"}', "eos_token_id is '2'; it must be a token's id or a list"),
+    ("generation_config.json", '{"eos_token_id": [[2]]}', r"eos_token_id is \[\[2\]\]; it must be a token's id or a list"),
+])  # fmt: skip
+def test_a_folder_with_a_damaged_tokenizer_is_refused_whatever_its_readers_raise(words, tmp_path, file, content, message):
+    words.save(tmp_path)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("template, message", [
+    ("{% if %}", "TemplateSyntaxError"), ("{{ messages[5].content }}", "UndefinedError"), ("{{ 1 / 0 }}", "ZeroDivisionError"),
+    ("{{ raise_exception('no\nsystem') }}", "no system"),
+])  # fmt: skip
+def test_a_chat_template_that_fails_is_refused_in_one_line(make_folder, template, message):
+    with pytest.raises(ValueError, match=f"its chat template fails .*{message}.*; correct chat_template") as error:
+        Template().encode("9 + 8 = ?", make_folder(template))
+    assert len(str(error.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -376,14 +404,68 @@ def test_a_prompt_may_fill_every_slot_but_not_one_more(words):
 def test_long_prompts_are_dropped_and_counted_or_refused(words):
     template, problems = Template("plain"), [SUM, LONG, SUM]
     limit = len(template.encode(SUM.problem, words))
-    assert fit_prompts(problems, words, template, limit, "drop") == ([SUM, SUM], 1)
-    assert fit_prompts(problems, words, template, 50, "drop")[0] is problems  # nothing to drop: stays lazy
+    assert fit(problems, words, template, limit, "drop")[:2] == ([SUM, SUM], 1)
+    assert fit(problems, words, template, 50, "drop")[0] is problems  # nothing to drop: stays lazy
     with pytest.raises(ValueError, match="problem long: its prompt has"):
-        fit_prompts(problems, words, template, limit, "error")
+        fit(problems, words, template, limit, "error")
     with pytest.raises(ValueError, match="all 3 problems are longer than max_prompt 2"):
-        fit_prompts(problems, words, template, 2, "drop")
-    with pytest.raises(ValueError, match="'cut' is not 'error' or 'drop'"):
-        fit_prompts(problems, words, template, 50, "cut")
+        fit(problems, words, template, 2, "drop")
+    with pytest.raises(ValueError, match="'shorten' is not 'error', 'drop' or 'cut'"):
+        fit(problems, words, template, 50, "shorten")
+
+
+STORY = Problem("story", "Tom has 12 apples. He buys 345 more. How many apples?", "357", "test")
+FRAMED = Template("chat", system="Be brief.", instruction="Mark it.")
+
+
+def frame(words):
+    """What stands before and behind the problem in a prompt of FRAMED."""
+    return FRAMED.render("@", words).split("@")
+
+
+@pytest.mark.parametrize("room, end", [
+    (26, STORY.problem),  # T o m _has _ 1 2 _apples . _ H e _buys _ 3 4 5 _more . _ H o w _many _apples ?
+    (22, "12 apples. He buys 345 more. How many apples?"),  # the blank before it would fit too
+    (21, "12 apples. He buys 345 more. How many apples?"),
+    (20, "apples. He buys 345 more. How many apples?"),  # the 2 of 12 would fit: another number
+    (12, "345 more. How many apples?"),
+    (11, "more. How many apples?"),
+    (1, "?"),  # the last word is all there is: then a part of it
+])
+def test_a_problem_that_is_too_long_loses_its_beginning_and_no_part_of_the_template(words, room, end):
+    before, behind = frame(words)
+    limit = len(words.encode(before + behind)) + room
+    fitted = fit([STORY, SUM] if room > 8 else [STORY], words, FRAMED, limit, "cut")
+    assert FRAMED.render(fitted.problems[0].problem, words) == before + end + behind
+    assert len(FRAMED.encode(fitted.problems[0].problem, words)) <= limit
+    assert (fitted.dropped, fitted.cut) == (0, int(end != STORY.problem))
+    assert fitted.problems[0]._replace(problem=STORY.problem) == STORY  # id and answer stay: it is judged as before
+    assert fitted.problems[1:] in ([], [SUM])  # which fits as it is
+
+
+def test_nothing_too_long_leaves_the_sequence_as_it_is_under_cut_too(words):
+    problems = GeneratedProblems("arithmetic", 20, 0)  # lazy: a list of a million made problems would not be
+    assert fit(problems, words, Template("plain"), 50, "cut") == (problems, 0, 0)
+
+
+def test_a_template_that_leaves_no_room_is_refused_and_not_cut(words):
+    taken = len(FRAMED.encode("", words))
+    for limit in (taken - 1, taken):  # an empty problem does not fit; it would, and ask nothing
+        with pytest.raises(ValueError, match=f"problem story: max_prompt {limit} leaves no room .* takes {taken} tokens; raise max_prompt"):
+            fit([STORY], words, FRAMED, limit, "cut")
+
+
+def test_a_million_characters_are_cut_in_seconds(words):
+    problem = STORY._replace(problem="12345 apples and " * 60_000 + "how many?")  # 1,020,009 characters
+    began = time.monotonic()
+    fitted = fit([problem], words, Template("plain"), 11, "cut")
+    assert fitted.problems[0].problem == "12345 apples and how many?"  # 5 digits, 4 words, ? and the newline
+    assert time.monotonic() - began < 30  # 1 s measured; a second pass over all of the text for every word would take hours
+
+
+def test_text_without_blanks_is_cut_at_a_character(words):
+    problem = STORY._replace(problem="7" * 1000)
+    assert fit([problem], words, Template("plain"), 11, "cut").problems[0].problem == "7" * 10  # and the newline
 
 
 def test_an_example_is_the_prompt_and_the_solution_with_its_stop_token(words):

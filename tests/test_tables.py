@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -326,3 +327,41 @@ def test_ids_go_on_over_the_shards_of_a_split_and_are_unique_among_them(tmp_path
     second.write_text(json.dumps({**TOM, "id": f"{name}-train-3"}))
     with pytest.raises(ValueError, match=r"00001-of-00002.jsonl:1: id .* was used at .*00000-of-00002.jsonl:3 already"):
         load_problems(str(tmp_path))
+
+
+def test_an_arrow_file_with_a_damaged_offset_is_refused_where_it_would_end_the_process(tmp_path):
+    table = pa.table({"problem": ["2 + 2?", "3 + 3?"], "answer": ["4", "6"]})
+    with pa.ipc.new_file(tmp_path / "set.arrow", table.schema) as writer:
+        writer.write_table(table)
+    content = (tmp_path / "set.arrow").read_bytes()
+    offsets = np.array([0, 6, 12], np.int32).tobytes()  # of the two problems in the text that follows
+    assert content.count(offsets) == 1
+    (tmp_path / "set.arrow").write_bytes(content.replace(offsets, np.array([0, 6, 2**30], np.int32).tobytes()))
+    with pytest.raises(ValueError, match=r"set\.arrow: not sound Arrow after row 0 .*; fetch the file again"):
+        load_problems(str(tmp_path / "set.arrow"))
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    columns = [pa.array(["2 + 2?"]), pa.array(["4"]), pa.array(["5"])]
+    table = pa.Table.from_arrays(columns, names=["problem", "answer", "answer"])
+    pq.write_table(table, tmp_path / "set.parquet")
+    with pytest.raises(ValueError, match='column "answer" is there twice'):
+        load_problems(str(tmp_path / "set.parquet"))
+
+
+def test_text_that_is_none_and_times_beyond_the_calendar_are_refused_by_file(tmp_path):
+    no_text = pa.Array.from_buffers(pa.string(), 1, [None, *map(pa.py_buffer, (bytes(4) + b"\1\0\0\0", b"\xff"))])
+    late = pa.array([2**62]).view(pa.timestamp("us"))
+    for name, column in (("text", no_text), ("times", late)):
+        table = pa.table({"problem": ["2 + 2?"], "answer": ["4"], "id": column})
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        with pytest.raises(ValueError, match=f"{name}.parquet: not sound Parquet after row 0"):
+            load_problems(str(tmp_path / f"{name}.parquet"))
+
+
+def test_a_row_of_many_fields_is_refused_in_one_readable_line(tmp_path):
+    row = {f"field {number}": 1 for number in range(1000)} | {"x" * 5000: 1}
+    (tmp_path / "set.jsonl").write_text(json.dumps(row))
+    with pytest.raises(ValueError, match="'field 19' and 981 more") as error:
+        load_problems(str(tmp_path / "set.jsonl"))
+    assert len(str(error.value)) < 600

@@ -70,7 +70,7 @@ def _saved_files(folder):
 def _read_object(path):
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); save the data set again.") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: not a JSON object; save the data set again.")
@@ -132,7 +132,10 @@ def _matching(folder, patterns):
     files = []
     for pattern in patterns:
         _inside(folder, pattern)
-        found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        try:
+            found = sorted(path for path in folder.glob(pattern) if path.is_file())
+        except ValueError as error:
+            raise ValueError(f"{folder}: {pattern!r}, which README.md names, is no pattern ({error}); name the file itself.") from None
         if not found:
             raise ValueError(f"{folder}: no file is {pattern!r}, which README.md names; fetch it, or name the file you have.")
         files += found

@@ -9,7 +9,7 @@ import numpy as np
 
 from dgpo_jax.data.folders import find_files
 from dgpo_jax.data.generated import GeneratedProblems
-from dgpo_jax.data.rows import OPTIONAL, LazyProblems, to_problem
+from dgpo_jax.data.rows import OPTIONAL, LazyProblems, shorten, to_problem
 from dgpo_jax.data.tables import SUFFIXES, read_rows
 from dgpo_jax.types import Problem
 
@@ -55,6 +55,8 @@ def load_problems(
     parts = []
     for part in sources:
         scheme, _, rest = part.partition(":")
+        if not part:  # which as a path would be the folder that the command was started in
+            raise ValueError(f"source {shorten(source)} names nothing, or nothing beside a '+'; it must be {FORMS}.")
         if scheme in ("generated", "builtin", "gym"):
             parts.append(_make(part, scheme, *_name_and_split(rest), size, seed, numbers))
         elif scheme == "tfds":
@@ -62,7 +64,10 @@ def load_problems(
 
             parts.append(tfds_builders.load(*_name_and_split(rest), data_dir=data_dir, manual_dir=manual_dir))
         else:
-            parts.append(read_path(part, problem_field, answer_field))
+            try:
+                parts.append(read_path(part, problem_field, answer_field))
+            except OSError as error:  # a name too long, a folder that may not be entered
+                raise ValueError(f"source {shorten(part)} cannot be read ({error.strerror}); name another file or folder.") from None
     return parts[0] if len(parts) == 1 else JoinedProblems(sources, parts)
 
 

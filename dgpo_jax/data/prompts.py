@@ -2,16 +2,19 @@
 
 import difflib
 import functools
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from dgpo_jax.types import Prompts
+from dgpo_jax.types import Problem, Prompts
 
 THINK, THINK_END = "<think>", "</think>"
 NO_THOUGHT = f"\n{THINK_END}\n\n"  # closes an opened block with nothing in it, as Qwen3's template writes it
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+LONGEST_WORD = 30  # characters; more without a blank are a formula, or a language that has none
 RENDERED_KEPT = 4096  # chat texts; an iteration renders each of its prompts to encode it and to see how it ends
 
 
@@ -126,7 +129,7 @@ def encode_prompts(problems, tokenizer, template: Template, max_prompt: int) -> 
     Returns:
         Prompts of numpy arrays: tokens i32[Q, P], mask bool[Q, P].
     Raises:
-        ValueError: a prompt longer than max_prompt; `fit_prompts` at load time keeps that from happening mid-run.
+        ValueError: a prompt longer than max_prompt; `fit` at load time keeps that from happening mid-run.
     """
     tokens = np.full((len(problems), max_prompt), tokenizer.pad_id, np.int32)
     mask = np.zeros((len(problems), max_prompt), bool)
@@ -138,30 +141,78 @@ def encode_prompts(problems, tokenizer, template: Template, max_prompt: int) -> 
     return Prompts(tokens, mask)
 
 
-def fit_prompts(problems, tokenizer, template: Template, max_prompt: int, policy: str = "error"):
+class Fitted(NamedTuple):
+    """Problems whose prompts fit."""
+
+    problems: Sequence[Problem]  # the very sequence that was given, if all of them fit as they are
+    dropped: int  # left out
+    cut: int  # among `problems`, without the beginning of their text
+
+
+def fit(problems: Sequence[Problem], tokenizer, template: Template, max_prompt: int, policy: str = "error") -> Fitted:
     """Finds prompts that do not fit, once, before the run starts.
 
     Args:
-        problems: any sequence of Problem.
-        policy: "error" refuses the first one that is too long; "drop" leaves such problems out.
-    Returns:
-        (problems that fit, number dropped); the very same sequence if all fit.
+        policy: what is done with a prompt of more than max_prompt tokens: "error" refuses the first one, "drop" leaves such
+            problems out, "cut" leaves out the beginning of their text, see `cut_problem`.
     Raises:
-        ValueError: too long under "error", nothing left under "drop", or another policy.
+        ValueError: too long under "error", nothing left under "drop", no room under "cut", or another policy.
     """
-    if policy not in ("error", "drop"):
-        raise ValueError(f"policy for long prompts {policy!r} is not 'error' or 'drop'; choose one.")
-    kept = []
+    if policy not in ("error", "drop", "cut"):
+        raise ValueError(f"policy for long prompts {policy!r} is not 'error', 'drop' or 'cut'; choose one.")
+    kept, cut = [], 0
     for problem in problems:
         ids = template.encode(problem.problem, tokenizer)
         if policy == "error":
             _check_length(problem, ids, max_prompt)
         if len(ids) <= max_prompt:
             kept.append(problem)
+        elif policy == "cut":
+            kept.append(cut_problem(problem, tokenizer, template, max_prompt))
+            cut += 1
     dropped = len(problems) - len(kept)
     if not kept:
         raise ValueError(f"all {dropped} problems are longer than max_prompt {max_prompt} tokens; raise max_prompt.")
-    return (kept, dropped) if dropped else (problems, 0)
+    return Fitted(kept if dropped or cut else problems, dropped, cut)
+
+
+def cut_problem(problem: Problem, tokenizer, template: Template, max_prompt: int) -> Problem:
+    """The problem with as much of the end of its text as fits; template, system message and instruction stay whole.
+
+    What is asked usually stands at the end of a problem. No word is cut through where there are words: half of a number is
+    another number. Id and answer stay, so that it is judged as the whole problem is.
+
+    Raises:
+        ValueError: the template leaves no room for any of it.
+    """
+    text = problem.problem.rstrip()
+
+    def fits(length):
+        return len(template.encode(text[len(text) - length :], tokenizer)) <= max_prompt
+
+    shortest, longest = 0, 1  # the first fits; doubled, so that no text is encoded that is much longer than what will fit
+    while longest < len(text) and fits(longest):
+        shortest, longest = longest, 2 * longest
+    longest = min(longest, len(text))
+    while shortest < longest:
+        middle = (shortest + longest + 1) // 2
+        shortest, longest = (middle, longest) if fits(middle) else (shortest, middle - 1)
+    end = _whole_words(text, len(text) - shortest)
+    if not (end and fits(len(end))):  # a tokenizer may need more tokens for less text
+        raise ValueError(
+            f"problem {problem.id}: max_prompt {max_prompt} leaves no room for any of its text, the template takes"
+            f" {len(template.encode('', tokenizer))} tokens; raise max_prompt or shorten the template."
+        )
+    return problem._replace(problem=end)
+
+
+def _whole_words(text, start):
+    """text[start:] without the word that it begins in the middle of, and without blanks in front."""
+    rest = text[start:]
+    if start and not text[start - 1].isspace():
+        broken = re.match(rf"\S{{0,{LONGEST_WORD}}}(?=\s)", rest)
+        rest = rest[broken.end() :] if broken else rest
+    return rest.lstrip()
 
 
 def encode_examples(problems, tokenizer, template: Template, max_prompt: int, max_response: int):
@@ -211,5 +262,5 @@ def _check_length(problem, ids, max_prompt):
     if len(ids) > max_prompt:
         raise ValueError(
             f"problem {problem.id}: its prompt has {len(ids)} tokens, more than max_prompt {max_prompt};"
-            f" raise max_prompt or drop long prompts."
+            f" raise max_prompt, or leave out or cut such prompts with data.too_long=drop or cut."
         )

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from dgpo_jax.types import CHECKERS, Problem
 
+LONGEST_ID = 300  # characters
+LISTED = 20  # names of fields in an error
 OPTIONAL = ("id", "source", "solution", "checker", "tests", "tolerance")  # read where a row has them
 
 
@@ -37,7 +39,7 @@ def to_problem(
         if checker not in CHECKERS:
             raise ValueError(f"checker is {shorten(checker)}; it must be one of {', '.join(CHECKERS)}.")
         return Problem(
-            id=take_text(row, "id", f"{stem}-{number}"),
+            id=_take_id(row, f"{stem}-{number}"),
             problem=take_text(row, problem_field),
             answer=take_text(row, answer_field, None if checker == "math" else ""),
             source=take_text(row, "source", source),
@@ -48,6 +50,14 @@ def to_problem(
         )
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
+
+
+def _take_id(row, default):
+    """Ids stand in tables, messages and file names of people's own scripts: one short line each."""
+    text = take_text(row, "id", default)
+    if len(text) > LONGEST_ID or not text.isprintable():
+        raise ValueError(f"id is {shorten(text)}; it must be one line of at most {LONGEST_ID} printable characters, change it.")
+    return text
 
 
 def find(row: dict, field: str):
@@ -61,7 +71,7 @@ def find(row: dict, field: str):
         elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
             value = value[int(part)]
         elif walked:
-            has = ", ".join(map(repr, value)) if isinstance(value, dict) else shorten(value)
+            has = _list_names(value) if isinstance(value, dict) else shorten(value)
             raise ValueError(f"no {part!r} in field {'.'.join(walked)!r}, which holds {has or 'nothing'}; set the field's name.")
         else:
             raise ValueError(_no_field(row, part))
@@ -72,7 +82,13 @@ def find(row: dict, field: str):
 def _no_field(row, field):
     near = difflib.get_close_matches(field, row, n=1)
     hint = f"perhaps it is {near[0]!r}: set the field's name" if near else "add it or set the field's name"
-    return f"no field {field!r} among {', '.join(map(repr, row)) or 'none'}; {hint}."
+    return f"no field {field!r} among {_list_names(row) or 'none'}; {hint}."
+
+
+def _list_names(row):
+    """The names of a row's fields, the first few of many."""
+    names = [repr(name[:60]) for name in list(row)[:LISTED]]
+    return ", ".join(names) + (f" and {len(row) - LISTED} more" if len(row) > LISTED else "")
 
 
 def take_text(row: dict, field: str, default: str | None = None) -> str:

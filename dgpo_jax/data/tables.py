@@ -68,7 +68,7 @@ def _read_array(path):
 
 def _parse(raw, path, first_line):
     try:
-        return json.loads(raw.decode("utf-8"))
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_without_repeats)
     except UnicodeDecodeError as error:
         line = first_line + raw.count(b"\n", 0, error.start)
         column = error.start - raw.rfind(b"\n", 0, error.start)
@@ -80,6 +80,17 @@ def _parse(raw, path, first_line):
         raise ValueError(f"{path}:{line}: not JSON at column {error.colno} ({error.msg}); write one object a line.") from None
     except RecursionError:
         raise ValueError(f"{path}:{first_line}: nested too deeply to be a problem; delete the line.") from None
+    except ValueError as error:  # a number of more digits than Python reads, or a name given twice
+        raise ValueError(f"{path}:{first_line}: {error}; correct or delete the line.") from None
+
+
+def _without_repeats(pairs):
+    """The object; of a name that is there twice Python would keep the last value without a word."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shorten(next(name for name in names if names.count(name) > 1))} is there twice in one object")
+    return values
 
 
 def _as_object(where, value):
@@ -94,12 +105,13 @@ def _read_columns(path, suffix, fields, optional):
     number, batches = 0, _parquet_batches if suffix == ".parquet" else _arrow_batches
     try:
         for batch in batches(path, fields, optional):
+            batch.validate(full=True)  # else a damaged offset ends the process
             for values in batch.to_pylist():
                 number += 1
                 yield Row(number, f"{path}: row {number}", values)
-    except (pyarrow.ArrowException, OSError) as error:
-        kind = suffix.removeprefix(".").capitalize()
-        raise ValueError(f"{path}: not sound {kind} after row {number} ({error}); fetch the file again.") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, RecursionError) as error:
+        kind, line = suffix.removeprefix(".").capitalize(), " ".join(str(error).split())[:200]
+        raise ValueError(f"{path}: not sound {kind} after row {number} ({line}); fetch the file again.") from error
 
 
 def _parquet_batches(path, fields, optional):
@@ -127,6 +139,9 @@ def _arrow_batches(path, fields, optional):
 
 def _columns(names, fields, optional):
     """The columns that the fields begin with, in the file's order; None means all."""
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"column {shorten(twice)} is there twice")
     heads = [[field if field in names else field.partition(".")[0] for field in part] for part in (fields, optional)]
     if not fields or not set(heads[0]) <= set(names):
         return None

@@ -86,7 +86,13 @@ class Tokenizer:
             raise ValueError(f"tokenizer {self.name} has no chat template; use 'plain' or one with {{problem}}.")
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": problem})
-        return self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            return self.inner.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # the template is a program of others: anything can come out of it
+            raise ValueError(
+                f"tokenizer {self.name}: its chat template fails ({_one_line(error)}); correct chat_template, or name another"
+                " data.template."
+            ) from error
 
     def chat(self, problem: str, system: str | None = None) -> list[int]:
         """Prompt ids of a one-question chat, ending with the generation prompt."""
@@ -117,11 +123,21 @@ def load_tokenizer(path: str) -> Tokenizer:
 
     try:
         inner = AutoTokenizer.from_pretrained(path, local_files_only=is_folder)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        _try_out(inner)
+    except Exception as error:  # files of others, read by three libraries: anything can come out of them
         wanted = "tokenizer.json and tokenizer_config.json" if is_folder else "a folder, or a name on a hub within reach"
-        first_line = (str(error).splitlines() or ["?"])[0][:200]
-        raise ValueError(f"tokenizer {path!r} cannot be loaded; it must be/have {wanted}. ({first_line})") from error
+        raise ValueError(f"tokenizer {path!r} cannot be loaded; it must be/have {wanted}. ({_one_line(error)})") from error
     return Tokenizer(inner, path, _read_generation_stops(path) if is_folder else _fetch_generation_stops(path))
+
+
+def _try_out(inner):
+    """Settings of a wrong type are taken in silence and fail at the first text."""
+    special = [inner.pad_token_id, inner.eos_token_id]
+    inner.decode([*inner.encode("1 + 2", add_special_tokens=True), *(token for token in special if token is not None)])
+
+
+def _one_line(error):
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _read_generation_stops(folder):
@@ -129,8 +145,17 @@ def _read_generation_stops(folder):
     file = Path(folder) / "generation_config.json"
     if not file.is_file():
         return ()
-    stops = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    return () if stops is None else (stops,) if isinstance(stops, int) else tuple(stops)
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: cannot be read ({_one_line(error)}); download it again, or delete it.") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file}: holds {repr(settings)[:80]} and no object; download it again, or delete it.")
+    stops = settings.get("eos_token_id")
+    ids = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    if not all(isinstance(one, int) and not isinstance(one, bool) and 0 <= one < 2**31 for one in ids):
+        raise ValueError(f"{file}: eos_token_id is {repr(stops)[:80]}; it must be a token's id or a list of them, correct it.")
+    return tuple(ids)
 
 
 def _fetch_generation_stops(name):

@@ -26,7 +26,7 @@ from dgpo_jax.checkpoint import locate, read_params
 from dgpo_jax.config import Config, ModelConfig
 from dgpo_jax.data.benchmarks import HELD_OUT, NamedSet, parse_sets
 from dgpo_jax.data.problems import fingerprint
-from dgpo_jax.data.prompts import fit_prompts
+from dgpo_jax.data.prompts import fit
 from dgpo_jax.files import write_whole
 from dgpo_jax.manifest import MANIFEST
 from dgpo_jax.models import config_from_folder, resolve_folder
@@ -68,6 +68,7 @@ class Asked(NamedTuple):
     unasked: int  # whose prompt is too long under data.too_long=drop: they count as wrong
     fingerprint: str  # of all of them
     whole: int  # problems of the whole set, of which these are the first
+    cut: int = 0  # of those asked, without their beginning, under data.too_long=cut
 
     @property
     def size(self) -> int:
@@ -181,12 +182,10 @@ def _load_set(config: Config, actor: Actor, name: str, source: str) -> Asked:
     try:
         whole = load(config.data, source, config.seed)
         problems = whole[: config.eval.problems or None]
-        fitting, unasked = fit_prompts(
-            problems, actor.tokenizer, actor.template, config.rollout.max_prompt, config.data.too_long
-        )
+        fitted = fit(problems, actor.tokenizer, actor.template, config.rollout.max_prompt, config.data.too_long)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
-    return Asked(name, source, fitting, unasked, fingerprint(problems)[:16], len(whole))
+    return Asked(name, source, fitted.problems, fitted.dropped, fingerprint(problems)[:16], len(whole), fitted.cut)
 
 
 def describe_asking(config: Config, actor: Actor, weights: Weights, sets: Sequence[Asked]) -> dict:
@@ -217,6 +216,7 @@ def describe_asking(config: Config, actor: Actor, weights: Weights, sets: Sequen
                 "too_long": one.unasked,
                 "fingerprint": one.fingerprint,
             }
+            | ({"cut": one.cut} if one.cut else {})
             for one in sets
         },
     }

@@ -1,7 +1,6 @@
 """Hugging Face folders: config.json to our settings, safetensors files to sharded parameters. Needs no torch."""
 
 import contextlib
-import json
 from pathlib import Path
 
 import jax
@@ -9,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dgpo_jax.models.hf_config import config_from_folder
+from dgpo_jax.models.hf_config import config_from_folder, read_object
 from dgpo_jax.models.parameters import nest, table
 from dgpo_jax.sharding import RULES, sharding_for
 
@@ -57,7 +56,8 @@ def load_parameters(folder, config, mesh=None, dtype="float32", rules=RULES):
     Returns:
         The nested dict of parameters.py.
     Raises:
-        ValueError: a file or tensor that is missing, unknown, of the wrong shape or of an unreadable dtype.
+        ValueError: a file or tensor that is missing, unknown, of the wrong shape or of an unreadable dtype; a NaN or an
+            infinity in a tensor.
     """
     with contextlib.ExitStack() as stack:
         tensors = _open_tensors(Path(folder), stack)
@@ -65,31 +65,49 @@ def load_parameters(folder, config, mesh=None, dtype="float32", rules=RULES):
         params = {}
         for name, row in table(config).items():
             _check_tensors(folder, tensors, row)
-            params[name] = _read_parameter(tensors, name, row, mesh, jnp.dtype(dtype), rules)
+            params[name] = _read_parameter(folder, tensors, name, row, mesh, jnp.dtype(dtype), rules)
         return nest(params)
 
 
 def _open_tensors(folder, stack):
     # {tensor name: the open file that holds it}; opening reads headers only.
-    if (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        files = [SINGLE]
     tensors = {}
-    for file in files:
+    for file in _weight_files(folder):
         try:
             opened = stack.enter_context(safe_open(folder / file, framework="np"))
         except FileNotFoundError:
             raise ValueError(f"{folder}: {file} is missing; download the model again.") from None
-        except SafetensorError as error:
-            raise ValueError(f"{folder / file}: not a complete safetensors file ({error}); download it again.") from None
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{folder / file}: not a complete safetensors file ({_one_line(error)}); download it again.") from None
+        twice = tensors.keys() & set(opened.keys())
+        if twice:
+            raise ValueError(f"{folder / file}: holds {_listed(twice)}, which another file holds too; download the model again.")
         tensors |= dict.fromkeys(opened.keys(), opened)
     return tensors
 
 
+def _weight_files(folder):
+    index = folder / INDEX
+    if not index.exists():
+        return [SINGLE]
+    listed = read_object(index).get("weight_map")
+    files = set(listed.values()) if isinstance(listed, dict) and all(isinstance(file, str) for file in listed.values()) else set()
+    if not files:
+        raise ValueError(f"{index}: its weight_map is not an object of tensor and file names; download it again.")
+    # Written by others: it may not have us read a file that is none of the model's.
+    outside = sorted(file for file in files if file in ("", ".", "..") or Path(file).name != file or not file.isprintable())
+    if outside:
+        raise ValueError(f"{index}: {outside[0][:200]!r} is not a file of its own folder; download the model again.")
+    return sorted(files)
+
+
+def _one_line(text):
+    return " ".join(str(text).split())[:200]
+
+
 def _listed(names):
     names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ", ".join(_one_line(name) for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _layer_names(row):
@@ -115,7 +133,7 @@ def _check_names(folder, tensors, config):
 
 def _check_tensors(folder, tensors, row):
     for name in _layer_names(row):
-        header = tensors[name].get_slice(name)
+        header = tensors[name].get_slice(name)  # this and what follows read no values
         shape, dtype = tuple(header.get_shape()), header.get_dtype()
         if shape != row.hugging_face_shape:
             raise ValueError(
@@ -128,31 +146,40 @@ def _check_tensors(folder, tensors, row):
             )
 
 
-def _read_parameter(tensors, name, row, mesh, dtype, rules):
+def _read_parameter(folder, tensors, name, row, mesh, dtype, rules):
     if mesh is None:
-        return jax.device_put(_read_block(tensors, row, tuple(slice(0, size) for size in row.shape), dtype))
+        return jax.device_put(_read_block(folder, tensors, row, tuple(slice(0, size) for size in row.shape), dtype))
     blocks = {}  # devices that hold the same part share one read
 
     def part(index):
         whole = tuple(slice(*cut.indices(size)) for cut, size in zip(index, row.shape, strict=True))
         place = tuple((cut.start, cut.stop) for cut in whole)
         if place not in blocks:
-            blocks[place] = _read_block(tensors, row, whole, dtype)
+            blocks[place] = _read_block(folder, tensors, row, whole, dtype)
         return blocks[place]
 
     sharding = sharding_for(mesh, row.axes, row.shape, name, rules)
     return jax.make_array_from_callback(row.shape, sharding, part)
 
 
-def _read_block(tensors, row, index, dtype):
+def _read_block(folder, tensors, row, index, dtype):
     # The part [index] of the parameter, from the layers it covers.
+    def read(name, index):
+        values = _read_tensor(tensors[name].get_slice(name), row, index, dtype)
+        finite = np.isfinite(values)  # a twentieth of the time it takes to read them
+        if not finite.all():
+            raise ValueError(
+                f"{folder}: {name} has {finite.size - np.count_nonzero(finite)} values of {finite.size} that are NaN or infinite;"
+                " download the model again, or take the weights of an earlier checkpoint."
+            )
+        return values
+
     names = _layer_names(row)
     if not row.stacked:
-        return _read_tensor(tensors[names[0]].get_slice(names[0]), row, index, dtype)
-    layers = range(index[0].start, index[0].stop)
+        return read(names[0], index)
     block = np.empty([cut.stop - cut.start for cut in index], dtype)
-    for place, layer in enumerate(layers):
-        block[place] = _read_tensor(tensors[names[layer]].get_slice(names[layer]), row, index[1:], dtype)
+    for place, layer in enumerate(range(index[0].start, index[0].stop)):
+        block[place] = read(names[layer], index[1:])
     return block
 
 

@@ -1,6 +1,6 @@
 """What an iteration learns from its experience: advantages to packed rows to optimizer steps to figures."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -23,14 +23,16 @@ from dgpo_jax.rl.packing import (
     to_examples,
     unpack,
 )
-from dgpo_jax.rl.update import LOSS_MAXIMA, LOSS_SUMS, Programs, StepFigures, Totals, take_update
-from dgpo_jax.sharding import to_device, to_host
+from dgpo_jax.rl.suspects import suspect_rows
+from dgpo_jax.rl.update import LOSS_MAXIMA, LOSS_SUMS, Programs, StepFigures, Totals, take_marked_update
+from dgpo_jax.sharding import rows_here, to_device, to_host
 from dgpo_jax.types import Experience, TrainBatch, TrainState
 
 
 def learn(
     config: Config, parts: Parts, programs: Programs, state: TrainState, experience: Experience, advantages, iteration,
-    reference=None, skipped: int = 0,
+    reference=None, skipped: int = 0, report: Callable[[list[dict]], None] = lambda rows: None,
+    between: Callable[[], object] = lambda: None,
 ):  # fmt: skip
     """All updates of one iteration.
 
@@ -40,20 +42,30 @@ def learn(
         iteration: counts from 1.
         reference: params of the weights that the run started from; read only by a KL in the loss.
         skipped: updates skipped in a row just before.
+        report: is given the sequences to look at (`skipped_rows`) if an update was skipped, and not called otherwise.
+        between: called before each update; what it raises ends them, and `state` is then gone unless it was the first.
     Returns:
         (TrainState, metrics).
     """
     plans = plan_minibatches(config, parts, experience, advantages, iteration)
     minibatches, gaps = complete_minibatches(config, parts, programs, state.params, reference, plans)
     rate = to_device(np.float32(learning_rate(config.optimizer, iteration - 1)), parts.shardings.scalar)
-    results = []
+    results, marks = [], []
     for batches in minibatches:
-        state, totals, figures = take_update(programs, state, batches, rate)
+        between()
+        state, totals, figures, marked = take_marked_update(programs, state, batches, rate)
         results.append((totals, figures))
+        marks.append(marked)
     results, gaps, rate = to_host((results, gaps, rate))
     layouts = [plan.layout for plan in plans]
+    # Weights that overflow in the sampler give responses that are all alike: then there is no token to see it by in an update.
+    unsound = not np.isfinite(experience.rollout.logprobs[experience.rollout.response_mask]).all()
     for _, figures in results:
-        skipped = skipped + 1 if figures.skipped else 0
+        skipped = skipped + 1 if figures.skipped or unsound else 0
+    if any(figures.skipped for _, figures in results):
+        left_out = [bool(figures.skipped) for _, figures in results]
+        scored = minibatches if config.update.old_logprobs == "trainer" else None
+        report(skipped_rows(parts, experience, plans, left_out, marks, scored))
     fresh = bool((experience.iteration == iteration).all())
     terms = {"kl_ref": config.kl.in_loss, "supervised": config.loss.supervised > 0}
     metrics = policy_metrics(results, fresh, [name for name, used in terms.items() if used])
@@ -63,6 +75,22 @@ def learn(
         "update/microbatches": sum(layout.batches for layout in layouts),
     }
     return state, metrics
+
+
+def skipped_rows(parts: Parts, experience: Experience, plans: Sequence["Plan"], skipped, marks, scored=None) -> list[dict]:
+    """What to look at of the updates that were skipped, a dict for each sequence; see `suspects.suspect_rows`.
+
+    Args:
+        skipped: bool per update.
+        marks: per update those of its microbatches, on the device.
+        scored: per update the TrainBatches with the old log-probabilities that the host lacks; None = it lacks none.
+    """
+    found = []
+    for number in np.flatnonzero(skipped):
+        old_logprobs = None if scored is None else to_host([batch.old_logprobs for batch in scored[number]])
+        rows = suspect_rows(experience, *plans[number], to_host(marks[number]), parts.tokenizer.decode, old_logprobs)
+        found += [{"update": int(number) + 1} | row for row in rows]
+    return found
 
 
 def compute_advantages(config: Config, experience: Experience) -> np.ndarray:
@@ -98,7 +126,8 @@ def to_compute(config: Config, experience: Experience, advantages: np.ndarray) -
 class Plan(NamedTuple):
     """The sequences of one update and where they go."""
 
-    examples: list[Example]
+    rows: np.ndarray  # i64[n], which of the B responses
+    examples: list[Example]  # one for each of them
     layout: Layout
 
 
@@ -119,13 +148,20 @@ def plan_minibatches(config: Config, parts: Parts, experience: Experience, advan
         supervised = config.loss.supervised * token_weights(length, right & members, "token-mean", 1)
         rows = np.flatnonzero(computed & members)
         examples = to_examples(experience, rows, advantages.reshape(-1), weights, supervised)
-        plans.append(Plan(examples, lay_out(examples, packing_shape(config, parts))))
+        plans.append(Plan(rows, examples, lay_out(examples, packing_shape(config, parts))))
     return plans
 
 
 def microbatches(parts: Parts, plan: Plan) -> Iterator[TrainBatch]:
-    """The packed microbatches of an update, on the host, each made when it is asked for."""
-    return fill(plan.examples, plan.layout, pad_id=parts.tokenizer.pad_id)
+    """The packed microbatches of an update, on the host, each made when it is asked for; of several processes each fills its own rows."""
+    shape = plan.layout.shape
+    rows = rows_here(parts.shardings.batch.tokens, (shape.rows, shape.tokens_per_row))
+    return fill(plan.examples, plan.layout, pad_id=parts.tokenizer.pad_id, rows=rows)
+
+
+def unscored_batches(plan: Plan) -> set[int]:
+    """Microbatches with a response whose old_logprobs are missing; the same on every process, whatever rows it fills."""
+    return {place.batch for place, example in zip(plan.layout.places, plan.examples, strict=True) if np.isnan(example.old_logprobs).any()}
 
 
 def row_shape(config: Config, parts: Parts) -> dict[str, int]:
@@ -157,8 +193,7 @@ def complete_minibatches(config: Config, parts: Parts, programs: Programs, param
     """
     gaps = []
 
-    def complete(batch: TrainBatch) -> TrainBatch:
-        unscored = np.isnan(batch.old_logprobs).any()
+    def complete(batch: TrainBatch, unscored: bool) -> TrainBatch:
         batch = to_device(batch, parts.shardings.batch)
         if config.kl.in_loss:
             batch = batch._replace(ref_logprobs=programs.score(reference, batch))
@@ -170,7 +205,11 @@ def complete_minibatches(config: Config, parts: Parts, programs: Programs, param
         gaps.append(gap)
         return batch
 
-    completed = ([complete(batch) for batch in microbatches(parts, plan)] for plan in plans)
+    def complete_all(plan: Plan) -> list[TrainBatch]:
+        unscored = unscored_batches(plan)
+        return [complete(batch, number in unscored) for number, batch in enumerate(microbatches(parts, plan))]
+
+    completed = (complete_all(plan) for plan in plans)
     return completed if config.update.old_logprobs == "sampler" else list(completed), gaps
 
 
@@ -192,17 +231,23 @@ def score_responses(config: Config, parts: Parts, programs: Programs, params, ex
     """f32[B, R]: log-probabilities of the responses `rows`, to the host; NaN elsewhere.
 
     Raises:
-        ValueError: one of them is not a number, so the weights are not either.
+        ValueError: one of them is not finite.
     """
     nothing = np.zeros(len(experience.rewards))
     examples = to_examples(experience, rows, nothing, nothing, nothing)
-    plan = Plan(examples, lay_out(examples, packing_shape(config, parts)))
+    plan = Plan(rows, examples, lay_out(examples, packing_shape(config, parts)))
     on_device = [programs.score(params, to_device(batch, parts.shardings.batch)) for batch in microbatches(parts, plan)]
     logprobs = np.full_like(experience.old_logprobs, np.nan)
-    for row, values in zip(rows, unpack(to_host(on_device), *plan), strict=True):
+    scored = unpack(to_host(on_device), plan.examples, plan.layout)
+    for row, values in zip(rows, scored, strict=True):
         logprobs[row, : len(values)] = values
-        if np.isnan(values).any():  # NaN would mean "not scored yet"
-            raise ValueError("the weights give NaN as a log-probability; go back to an older checkpoint, or lower optimizer.learning_rate.")
+    broken = sum(not np.isfinite(values).all() for values in scored)
+    if broken:  # NaN would mean "not scored yet"
+        raise ValueError(
+            f"{broken} of {len(scored)} responses have a log-probability that is not finite: weights that are NaN, or so"
+            " large that the forward pass overflows. Go back to an older checkpoint (move the newest folder out of"
+            " checkpoints/) with a lower optimizer.learning_rate; if it is the model folder, try model.dtype=float32."
+        )
     return logprobs
 
 
@@ -214,8 +259,9 @@ def sampled_gap(config: Config, parts: Parts, programs: Programs, params, experi
     """
     nothing = np.zeros(len(experience.rewards))
     unscored = experience._replace(old_logprobs=np.full_like(experience.old_logprobs, np.nan))
-    examples = to_examples(unscored, np.arange(len(nothing)), nothing, nothing, nothing)
-    plan = Plan(examples, lay_out(examples, packing_shape(config, parts)))
+    rows = np.arange(len(nothing))
+    examples = to_examples(unscored, rows, nothing, nothing, nothing)
+    plan = Plan(rows, examples, lay_out(examples, packing_shape(config, parts)))
     batch = next(microbatches(parts, plan))  # the one that costs most; the others are not even packed
     batch = to_device(batch, parts.shardings.batch)
     return gap_metrics(to_host([programs.complete(batch, programs.score(params, batch))[1]]))
@@ -230,15 +276,17 @@ def policy_metrics(results: Sequence[tuple[Totals, StepFigures]], fresh: bool, t
         terms: of "kl_ref" and "supervised", those that are part of the loss.
     """
     sums = {name: sum(totals.sums[name] for totals, _ in results) for name in LOSS_SUMS}
-    maxima = {name: float(max(totals.maxima[name] for totals, _ in results)) for name in LOSS_MAXIMA}
+    maxima = {name: float(np.max([totals.maxima[name] for totals, _ in results])) for name in LOSS_MAXIMA}
     norms = [float(figures.grad_norm) for _, figures in results]
     tokens = float(sums["tokens"])
     metrics = {
         "optim/grad_norm": float(np.mean(norms)),
-        "optim/grad_norm_max": max(norms),
+        "optim/grad_norm_max": float(np.max(norms)),
         "optim/skipped": float(sum(figures.skipped for _, figures in results)),
         "policy/tokens": tokens,
     }
+    if sums["not_finite"]:
+        metrics["optim/tokens_not_finite"] = float(sums["not_finite"])
     if not tokens:
         return metrics
     per_token = ["entropy", "kl_old", "clipped", "dual_clipped", *Regions._fields] + ["kl_ref"] * ("kl_ref" in terms)

@@ -58,9 +58,9 @@ def test_updates_after_compiling_the_listed_programs_compile_nothing(parts, caps
     assert compile_run(parts, listed) > 0
 
     said = capsys.readouterr().out.splitlines()
-    assert said[:2] == ["to compile, rollout: decode params", "to compile, update: accumulate, score, complete, zero, apply"]
+    assert said[:2] == ["to compile, rollout: decode params", "to compile, update: accumulate, score, complete, zero, norm, apply"]
     assert sorted(line.split("  ")[1] for line in said[2:-1]) == sorted(program.name for program in listed)
-    assert said[-1].startswith("compiled 6 programs in ")
+    assert said[-1].startswith("compiled 7 programs in ")
 
     state = build.build_state(config, parts)
     jax.block_until_ready(state)

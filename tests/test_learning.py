@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -397,9 +398,9 @@ def test_waiting_groups_are_scored_once_and_only_where_something_is_learned(part
 
 def test_weights_that_give_no_number_are_not_taken_for_responses_yet_to_be_scored(parts, programs_of, fresh, experience):
     broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), fresh().params)
-    with pytest.raises(ValueError, match=r"NaN as a log-probability; go back to an older checkpoint, or lower optimizer\.learning_rate"):
+    with pytest.raises(ValueError, match=r"2 of 2 responses .* not finite.* older checkpoint .* lower optimizer\.learning_rate"):
         score_responses(config_for(), parts, programs_of("dgpo"), broken, experience, [0, 3])
-    with pytest.raises(ValueError, match="NaN as a log-probability"):
+    with pytest.raises(ValueError, match="not finite"):
         score_waiting(config_for(), parts, programs_of("dgpo"), broken, experience)
 
 
@@ -513,9 +514,24 @@ def test_updates_without_a_finite_gradient_are_skipped_and_counted_in_a_row(
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(to_host(state.params)))
 
 
-def test_a_run_stops_when_too_many_updates_in_a_row_were_skipped():
-    config = get_config()
+def test_responses_drawn_from_no_numbers_count_as_skipped_updates(parts, programs_of, fresh, experience):
+    # Weights that overflow in the sampler say the same everywhere: no advantage, no token learned from, a gradient of 0.
+    logprobs = experience.rollout.logprobs.copy()
+    logprobs[3, 1] = np.nan
+    broken = experience._replace(rollout=experience.rollout._replace(logprobs=logprobs))
+    _, metrics = learn(config_for(), parts, programs_of("dgpo"), fresh(), broken, 0 * ADVANTAGES, ITERATION, None, 4)
+    assert metrics["policy/tokens"] == metrics["optim/skipped"] == 0 and metrics["optim/skipped_in_a_row"] == 6
+    logprobs[3, 1], logprobs[3, 4] = -9, np.nan  # behind the end of a response of 4 tokens
+    _, metrics = learn(config_for(), parts, programs_of("dgpo"), fresh(), broken, 0 * ADVANTAGES, ITERATION, None, 4)
+    assert metrics["optim/skipped_in_a_row"] == 0
+
+
+def test_a_run_stops_when_too_many_updates_in_a_row_were_skipped(tmp_path):
+    config, waited = get_config(), []
     most = config.optimizer.max_skipped
-    assert train.check_skipped(config, most - 1) == most - 1
-    with pytest.raises(ValueError, match=rf"{most} updates in a row .* lower optimizer.learning_rate"):
-        train.check_skipped(config, most)
+    run = SimpleNamespace(config=config, workdir=tmp_path, checkpoints=SimpleNamespace(wait=lambda required: waited.append(required)))
+    train.check_skipped(run, most - 1)
+    assert waited == []
+    with pytest.raises(ValueError, match=rf"{most} updates in a row .* not finite.* lower optimizer.learning_rate"):
+        train.check_skipped(run, most)
+    assert waited == [True]  # the state before them is on the disk by then

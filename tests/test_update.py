@@ -15,7 +15,8 @@ from dgpo_jax.models.parameters import decays
 from dgpo_jax.rl.correction import Correction
 from dgpo_jax.rl.losses import Regions
 from dgpo_jax.rl.optimizer import make_optimizer
-from dgpo_jax.rl.packing import Example, empty_batch, pack
+from dgpo_jax.rl.packing import Example, Shape, empty_batch, fill, lay_out, pack
+from dgpo_jax.rl.suspects import find_suspects
 from dgpo_jax.rl.update import (
     HISTOGRAM_EDGES,
     LOSS_MAXIMA,
@@ -24,6 +25,7 @@ from dgpo_jax.rl.update import (
     Shardings,
     make_programs,
     merge_totals,
+    take_marked_update,
     take_update,
 )
 from dgpo_jax.sharding import to_device, to_host
@@ -72,8 +74,8 @@ class Trainer:
         params = tiny_params(self.mesh_name)
         carry = self.programs.zero(params)
         for batch in self.place(batches):
-            carry = self.programs.accumulate(params, carry, batch)
-        return to_host(carry)
+            *carry, _ = self.programs.accumulate(params, tuple(carry), batch)
+        return to_host(tuple(carry))
 
     def complete(self, params, batches):
         """As before the first update of an iteration: ([TrainBatch], [Totals]), on the device."""
@@ -210,7 +212,7 @@ def four_updates(mesh_name):
 def test_four_updates_compile_each_program_once_and_end_at_the_same_weights_on_every_mesh(trainer):
     ours, expected = four_updates(trainer.mesh_name), four_updates("one device")
     counts = {name: program._cache_size() for name, program in trainer.programs._asdict().items()}
-    assert counts == {"score": 1, "complete": 1, "zero": 1, "accumulate": 1, "apply": 1}
+    assert counts == {"score": 1, "complete": 1, "zero": 1, "accumulate": 1, "norm": 1, "apply": 1}
     assert ours.update == expected.update == 4
     # Where a gradient is nothing but rounding, Adam still steps by its sign: such weights may end some steps apart.
     for one, other in zip(jax.tree.leaves(ours.params), jax.tree.leaves(expected.params), strict=True):
@@ -270,7 +272,7 @@ def unigram_gradient(batches, method="reinforce", probabilities=(0.25, 0.25, 0.2
     params = {"logits": jnp.log(jnp.array(probabilities))}
     carry = programs.zero(params)
     for batch in batches:
-        carry = programs.accumulate(params, carry, batch)
+        *carry, _ = programs.accumulate(params, tuple(carry), batch)
     return np.asarray(carry[0]["logits"]), to_host(carry[1])
 
 
@@ -480,6 +482,112 @@ def test_a_gradient_that_is_not_finite_leaves_the_state_as_it_was(trainer, bad):
     assert (float(figures.skipped), int(state.update)) == (0.0, 2)
 
 
+def suspects_of(layout, marks):
+    """{index of the example: what was not finite}."""
+    return {suspect.index: suspect.not_finite for suspect in find_suspects(EXAMPLES, layout, to_host(marks))}
+
+
+def marked_update(trainer, state, layout, changed=()):
+    """An update on EXAMPLES, but for the advantages of some: {index: advantage}."""
+    examples = [example._replace(advantage=dict(changed).get(at, example.advantage)) for at, example in enumerate(EXAMPLES)]
+    batches = [batch._replace(ref_logprobs=batch.sampler_logprobs) for batch in fill(examples, layout)]
+    return take_marked_update(trainer.programs, state, trainer.place(batches), trainer.scalar(RATE))
+
+
+LAYOUT = lay_out(EXAMPLES, Shape(8, 20))
+
+
+def test_broken_weights_mark_every_token_and_stay_as_they_are(trainer):
+    state = trainer.state()
+    table = state.params["embed"]["table"]
+    broken = to_host(table).copy()
+    broken[17, 3] = np.inf  # it is the output matrix too, so every token's logits have it
+    params = dict(state.params, embed=dict(state.params["embed"], table=to_device(broken, table.sharding)))
+    state = state._replace(params=params)
+    before = to_host(state)
+    state, totals, figures, marks = marked_update(trainer, state, LAYOUT)
+    assert (float(figures.skipped), int(state.update)) == (1.0, 0)
+    assert_trees_equal(state, before)
+    assert to_host(totals).sums["not_finite"] == TOKENS
+    assert suspects_of(LAYOUT, marks) == {at: ["log-probability", "loss"] for at in range(10)}
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_one_advantage_that_is_not_finite_names_its_sequence_alone(trainer, bad):
+    state = trainer.state()
+    before = to_host(state)
+    state, _, figures, marks = marked_update(trainer, state, LAYOUT, {4: bad})
+    assert float(figures.skipped) == 1
+    assert_trees_equal(state, before)
+    assert suspects_of(LAYOUT, marks) == {4: ["loss"]}
+    # The next update is what it would have been.
+    state, _, figures, marks = marked_update(trainer, state, LAYOUT)
+    undisturbed, _, _, _ = marked_update(trainer, trainer.state(), LAYOUT)
+    assert float(figures.skipped) == 0 and not any(mark.tokens.any() for mark in to_host(marks))
+    assert_trees_equal(state, undisturbed)
+
+
+# Five sequences in each of two microbatches.
+PARTS = [lay_out(half, Shape(8, 20)) for half in (EXAMPLES[:5], EXAMPLES[5:])]
+HALVES = LAYOUT._replace(places=[place._replace(batch=number) for number, part in enumerate(PARTS) for place in part.places], batches=2)
+
+
+@pytest.mark.parametrize("culprit", [0, 1])
+def test_a_gradient_that_overflows_alone_names_the_whole_microbatch(trainer, culprit):
+    loud = {at: EXAMPLES[at].advantage * 1e25 for at in (range(5), range(5, 10))[culprit]}
+    state = trainer.state()
+    before = to_host(state)
+    state, totals, figures, marks = marked_update(trainer, state, HALVES, loud)
+    # Every number is finite, only the squares in the norm are not.
+    assert float(figures.skipped) == 1 and np.isinf(float(figures.grad_norm))
+    assert to_host(totals).sums["not_finite"] == 0 and np.isfinite(to_host(totals).sums["objective"])
+    assert_trees_equal(state, before)
+    # Of the microbatch behind it the sum says nothing.
+    assert suspects_of(HALVES, marks) == {at: ["gradient of the microbatch"] for at in loud}
+
+
+def skip_of_unigram(tokens, advantage, probabilities):
+    """(Totals, StepFigures, Suspects) of one update of GRPO by one response, whose sampler gave each token probability 1."""
+    example = Example(np.array([0]), np.array(tokens), 0.0, 0.0, advantage, 1.0)
+    layout = lay_out([example], Shape(1, 8))
+    params = {"logits": jnp.log(jnp.array(probabilities))}
+    state = TrainState(jnp.int32(0), params, make_optimizer(OPTIMIZER, None).init(params))
+    _, totals, figures, marks = take_marked_update(make_unigram("grpo"), state, fill([example], layout), jnp.float32(RATE))
+    return to_host(totals), to_host(figures), find_suspects([example], layout, to_host(marks))
+
+
+def test_a_log_probability_of_minus_infinity_is_not_hidden_by_clipping():
+    # Ratio 0, A < 0: the rule alone would give the token the bound as its value, and no gradient.
+    totals, figures, (suspect,) = skip_of_unigram([1, 0], -1.0, (0.0, 0.25, 0.25, 0.5))
+    assert figures.skipped == 1 and totals.sums["not_finite"] == 1
+    assert "log-probability" in suspect.not_finite and suspect.tokens.tolist() == [1]
+
+
+@pytest.mark.parametrize("changes, skipped", [
+    ({}, 0),
+    ({"not_finite": 1.0}, 1),  # a token is enough, whatever loss and gradient came out
+    ({"objective": np.inf}, 1),
+    ({"objective": np.nan}, 1),
+    ({"entropy": np.nan, "loss": np.nan, "ratio": np.inf}, 0),  # figures to look at do not decide
+])  # fmt: skip
+def test_a_step_is_taken_only_if_all_that_it_is_made_of_is_finite(changes, skipped):
+    programs, params = make_unigram(), {"logits": jnp.zeros(4)}
+    _, totals = programs.zero(params)
+    totals = totals._replace(sums=totals.sums | {name: jnp.float32(value) for name, value in changes.items()})
+    state = TrainState(jnp.int32(0), params, make_optimizer(OPTIMIZER, None).init(params))
+    state, figures = programs.apply(state, {"logits": jnp.ones(4)}, totals, jnp.float32(RATE))
+    assert (figures.skipped, int(state.update), bool(jnp.any(state.params["logits"] != 0))) == (skipped, 1 - skipped, not skipped)
+
+
+def test_a_loss_that_overflows_only_as_a_sum_skips_the_update():
+    # Ratio 1/4, clipped: no gradient; each token's loss is 0.8 * 2e38, two of them are still finite, three are not.
+    totals, figures, _ = skip_of_unigram([1, 2], -2e38, (0.25,) * 4)
+    assert (figures.skipped, figures.grad_norm, totals.sums["not_finite"]) == (0, 0, 0)
+    totals, figures, (suspect,) = skip_of_unigram([1, 2, 3], -2e38, (0.25,) * 4)
+    assert (figures.skipped, figures.grad_norm, totals.sums["not_finite"]) == (1, 0, 0)
+    assert suspect.not_finite == ["sum of the loss"]
+
+
 def test_padding_may_hold_anything(alone, whole):
     (batch,) = pack_all(EXAMPLES)
 
@@ -497,11 +605,11 @@ def test_the_old_state_and_the_gradient_sum_give_their_memory_to_the_new(alone):
     params = tiny_params()
     (batch,) = alone.place(pack_all(EXAMPLES))
     zero = alone.programs.zero(params)
-    gradients, _ = alone.programs.accumulate(params, zero, batch)
+    gradients, totals, _ = alone.programs.accumulate(params, zero, batch)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(zero[0]))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
     state = alone.state()
-    alone.programs.apply(state, gradients, alone.scalar(RATE))
+    alone.programs.apply(state, gradients, totals, alone.scalar(RATE))
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.params, state.opt_state)))
 
 

@@ -126,7 +126,7 @@ def update_steps(config: Config, shapes: Shapes, lengths: Lengths) -> list[Step]
     updates, microbatches = config.update.updates, config.update.updates * count_microbatches(config, shapes, lengths)
     scored = (config.update.old_logprobs == "trainer") * microbatches
     calls = {
-        "score": scored, "complete": scored, "zero": updates, "accumulate": microbatches, "apply": updates,
+        "score": scored, "complete": scored, "zero": updates, "accumulate": microbatches, "norm": microbatches, "apply": updates,
         SCORE_REFERENCE: (config.kl.coefficient > 0) * microbatches,
     }  # fmt: skip
     programs = update_programs(config, shapes, build_programs(config, shapes))

@@ -2,8 +2,9 @@
 
     score       log-probabilities of given weights: those that sampled, or those that the run started from
     complete    puts the first into a batch, and corrects its advantages for what the sampler did differently
-    accumulate  adds one microbatch's gradient to the sum
-    apply       clips the sum, steps AdamW, skips the step if the gradient is not finite
+    accumulate  adds one microbatch's gradient to the sum, and marks tokens whose numbers are not finite
+    norm        of the sum so far
+    apply       clips the sum, steps AdamW; skips the step if the gradient, the loss or a log-probability is not finite
 
 The loss of an update is a sum over the response tokens of all its microbatches and devices. What the sum is divided by
 is in the tokens' weights from the start (`aggregation.token_weights`), so that cutting the batch differently, or over
@@ -23,6 +24,7 @@ from dgpo_jax.rl.correction import Correction, correction_weights
 from dgpo_jax.rl.kl import MAX_LOG_RATIO, kl_estimate
 from dgpo_jax.rl.logprobs import token_logprobs
 from dgpo_jax.rl.losses import Regions, Surrogate, Tokens, policy_loss, resolve_settings
+from dgpo_jax.rl.suspects import LOGPROB, LOSS, Marks
 from dgpo_jax.types import TrainBatch, TrainState
 
 
@@ -61,22 +63,23 @@ class Programs(NamedTuple):
     score: Callable  # (params, TrainBatch) -> logprobs f32[N, T], of tokens in loss_mask; the others' mean nothing
     complete: Callable  # (TrainBatch, logprobs) -> (TrainBatch, Totals)
     zero: Callable  # (params) -> (gradients, Totals)
-    accumulate: Callable  # (params, (gradients, Totals), TrainBatch) -> (gradients, Totals)
-    apply: Callable  # (TrainState, gradients, learning_rate) -> (TrainState, StepFigures)
+    accumulate: Callable  # (params, (gradients, Totals), TrainBatch) -> (gradients, Totals, Marks.tokens)
+    norm: Callable  # (gradients) -> f32[]
+    apply: Callable  # (TrainState, gradients, Totals, learning_rate) -> (TrainState, StepFigures)
 
 
 class StepFigures(NamedTuple):
     """What one optimizer step reports."""
 
     grad_norm: Any  # f32[], before clipping
-    skipped: Any  # f32[], 1 where the gradient was not finite and the state was left alone
+    skipped: Any  # f32[], 1 where something was not finite and the state was left alone
 
 
 # Ratios that the histogram tells apart: below the first, between neighbours, above the last.
 HISTOGRAM_EDGES = (0.1, 0.25, 0.5, 0.8, 0.9, 0.99, 1.01, 1.1, 1.28, 2.0, 4.0, 10.0)
 
 LOSS_SUMS = (
-    "tokens", "loss", "entropy", "ratio", "kl_old", "kl_ref", "supervised", "clipped", "dual_clipped", "histogram",
+    "tokens", "objective", "not_finite", "loss", "entropy", "ratio", "kl_old", "kl_ref", "supervised", "clipped", "dual_clipped", "histogram",
     *Regions._fields, *(f"{name}_weight" for name in Regions._fields),
 )  # fmt: skip
 LOSS_MAXIMA = ("ratio", "minus_ratio", "ratio_error", *(f"{name}_weight" for name in Regions._fields))
@@ -125,27 +128,34 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
             loss.method, logprobs, batch.old_logprobs, batch.advantages, batch.segment, batch.loss_mask,
             max_log_ratio=loss.max_log_ratio, **settings,
         )  # fmt: skip
-        total = jnp.sum(batch.weights * policy) - jnp.sum(batch.supervised * logprobs)
+        objective = batch.weights * policy - batch.supervised * logprobs
         kl = jnp.zeros_like(logprobs)
         if loss.kl:
             kl = kl_estimate(loss.kl_estimator, logprobs, jnp.where(batch.loss_mask, batch.ref_logprobs, 0.0))
-            total += loss.kl * jnp.sum(batch.weights * kl)
+            objective += loss.kl * batch.weights * kl
         if loss.entropy:
-            total -= loss.entropy * jnp.sum(batch.weights * entropy)
+            objective -= loss.entropy * batch.weights * entropy
+        marks = mark_tokens(logprobs, objective, batch.loss_mask)
         per_token = {
-            "loss": batch.weights * policy, "supervised": -batch.supervised * logprobs, "kl_ref": kl, "entropy": entropy
+            "loss": batch.weights * policy, "supervised": -batch.supervised * logprobs, "kl_ref": kl, "entropy": entropy,
+            "objective": objective, "not_finite": marks > 0,
         }  # fmt: skip
-        return total, loss_totals(batch, tokens, surrogate, per_token)
+        return jnp.sum(objective), (loss_totals(batch, tokens, surrogate, per_token), marks)
 
     def accumulate(params, carry, batch: TrainBatch):
         gradients, totals = carry
-        new_gradients, new_totals = jax.grad(batch_loss, has_aux=True)(params, batch)
-        return jax.tree.map(jnp.add, gradients, new_gradients), merge_totals(totals, new_totals)
+        new_gradients, (new_totals, marks) = jax.grad(batch_loss, has_aux=True)(params, batch)
+        return jax.tree.map(jnp.add, gradients, new_gradients), merge_totals(totals, new_totals), marks
+
+    def norm(gradients):
+        # Not in accumulate: with one reader more XLA fuses the new gradient otherwise, and its last bits change.
+        return optax.global_norm(gradients)
 
     @jax.named_scope("optimizer")
-    def apply(state: TrainState, gradients, learning_rate):
+    def apply(state: TrainState, gradients, totals: Totals, learning_rate):
         grad_norm = optax.global_norm(gradients)
-        finite = jnp.isfinite(grad_norm)
+        # Each by itself: a rule that clips does not read a log-probability that is far out, and passes nothing of it on.
+        finite = jnp.isfinite(grad_norm) & jnp.isfinite(totals.sums["objective"]) & (totals.sums["not_finite"] == 0)
         direction, opt_state = optimizer.update(gradients, state.opt_state, state.params)
         params = jax.tree.map(lambda leaf, step: leaf - learning_rate * step, state.params, direction)
         proposed = TrainState(state.update + 1, params, opt_state)
@@ -157,7 +167,8 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
         score=jax.jit(score, out_shardings=shardings.batch.old_logprobs),
         complete=jax.jit(complete, out_shardings=(shardings.batch, shardings.scalar)),
         zero=jax.jit(zero, out_shardings=carry),
-        accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=carry),
+        accumulate=jax.jit(accumulate, donate_argnums=1, out_shardings=(*carry, shardings.batch.tokens)),
+        norm=jax.jit(norm, out_shardings=shardings.scalar),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings.state, shardings.scalar)),
     )
 
@@ -172,12 +183,24 @@ def take_update(programs: Programs, state: TrainState, batches: Iterable[TrainBa
         (TrainState, Totals, StepFigures), on the device and not waited for. No microbatch at all gives a zero
         gradient: moments and weight decay still move.
     """
-    carry = programs.zero(state.params)
+    return take_marked_update(programs, state, batches, learning_rate)[:3]
+
+
+def take_marked_update(programs: Programs, state: TrainState, batches: Iterable[TrainBatch], learning_rate):
+    """The same; returns a list of the Marks of each microbatch besides, for `suspects.find_suspects`."""
+    gradients, totals = programs.zero(state.params)
+    marks = []
     for batch in batches:
-        carry = programs.accumulate(state.params, carry, batch)
-    gradients, totals = carry
-    state, figures = programs.apply(state, gradients, learning_rate)
-    return state, totals, figures
+        gradients, totals, tokens = programs.accumulate(state.params, (gradients, totals), batch)
+        marks.append(Marks(tokens, programs.norm(gradients)))
+    state, figures = programs.apply(state, gradients, totals, learning_rate)
+    return state, totals, figures, marks
+
+
+def mark_tokens(logprobs, objective, mask):
+    """u8[N, T]: LOGPROB and LOSS where a token's own is not finite; 0 where masked."""
+    bits = ~jnp.isfinite(logprobs) * jnp.uint8(LOGPROB) + ~jnp.isfinite(objective) * jnp.uint8(LOSS)
+    return jnp.where(mask, bits, jnp.uint8(0))
 
 
 def loss_totals(batch: TrainBatch, tokens: Tokens, surrogate: Surrogate, per_token: dict[str, Any]) -> Totals:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, NamedTuple
 
+from dgpo_jax import activity
 from dgpo_jax.metrics import progress
 
 
@@ -55,7 +56,8 @@ def compile_ahead(
 
     def timed(program: Program) -> tuple[str, float]:
         began = time.perf_counter()
-        compile_program(program)
+        with activity.doing(f"compiling {program.name!r}"):
+            compile_program(program)
         return program.name, time.perf_counter() - began
 
     finished = []

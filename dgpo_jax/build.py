@@ -7,17 +7,18 @@ is read. Every refusal is a ValueError of one line.
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dgpo_jax import hosts
 from dgpo_jax.config import Config, DataConfig, require
 from dgpo_jax.data.benchmarks import HELD_OUT, parse_sets
 from dgpo_jax.data.problems import ProblemStream, load_problems
-from dgpo_jax.data.prompts import Template, fit_prompts
+from dgpo_jax.data.prompts import Fitted, Template, fit
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dgpo_jax.models import Model, config_from_folder, load_parameters, resolve_folder
 from dgpo_jax.models.parameters import (
@@ -65,6 +66,7 @@ class Parts(NamedTuple):
     benchmarks: dict[str, Sequence[Problem]]  # by name; evaluated in training besides held_out
     unasked: dict[str, int]  # problems of held_out and of benchmarks that are too long to be asked; they count as wrong
     dropped: int  # training problems left out because their prompts are too long
+    cut: dict[str, int]  # problems asked without their beginning, for the same reason, by the name of their set
     optimizer: optax.GradientTransformation
     shardings: Shardings
 
@@ -146,20 +148,21 @@ def build_tokenizer(config: Config, folder: str) -> Tokenizer:
 
 
 def build_problems(config: Config, tokenizer: Tokenizer, template: Template):
-    """(ProblemStream to train on, held-out problems, benchmarks by name, too long ones of these by name, dropped of the first)."""
+    """The fields of `Parts` from `stream` to `cut`."""
     data, limit = config.data, config.rollout.max_prompt
 
-    def fitting(source: str, first: int | None = None) -> tuple[Sequence[Problem], int]:
+    def fitting(source: str, first: int | None = None) -> Fitted:
         problems = load(data, source, config.seed)
-        return fit_prompts(problems[:first] if first else problems, tokenizer, template, limit, data.too_long)
+        return fit(problems[:first] if first else problems, tokenizer, template, limit, data.too_long)
 
-    problems, dropped = fitting(data.train)
+    training = fitting(data.train)
     sources = dict(parse_sets(config.eval.sets)) | ({HELD_OUT: data.held_out} if data.held_out else {})
     sets = {name: fitting(source, config.eval.problems) for name, source in sources.items()}
-    unasked = {name: count for name, (_, count) in sets.items() if count}
-    benchmarks = {name: fit for name, (fit, _) in sets.items()}
+    unasked = {name: fitted.dropped for name, fitted in sets.items() if fitted.dropped}
+    cut = {name: fitted.cut for name, fitted in {"training": training, **sets}.items() if fitted.cut}
+    benchmarks = {name: fitted.problems for name, fitted in sets.items()}
     held_out = benchmarks.pop(HELD_OUT, [])
-    return ProblemStream(problems, config.seed), held_out, benchmarks, unasked, dropped
+    return ProblemStream(training.problems, config.seed), held_out, benchmarks, unasked, training.dropped, cut
 
 
 def load(data: DataConfig, source: str, seed: int) -> Sequence[Problem]:
@@ -250,20 +253,37 @@ def build_reference(parts: Parts, params):
     return jax.jit(parts.model.cast, out_shardings=parts.shardings.state.params)(params)
 
 
-def make_decode_params(parts: Actor | Parts, int8: bool = False):
-    """Returns the jitted function params -> weights cast and laid out for decoding: whole on every replica.
+class DecodeParams(NamedTuple):
+    """Makes weights for decoding: cast, whole on every replica, and of this process's devices alone."""
+
+    program: Any  # jitted params -> weights, over all devices
+    shardings: Any  # of the results, over this process's
+
+    def __call__(self, params):
+        """Weights for the samplers."""
+        return hosts.localise(self.program(params), self.shardings)
+
+
+def make_decode_params(parts: Actor | Parts, int8: bool = False) -> DecodeParams:
+    """What `DecodeParams` says, for this model and mesh.
 
     Args:
         int8: matrices in eight bits, all but the embedding table.
     """
+    model = parts.model
+
     def quantised(params):
-        matrices = quantise_matrices(parts.model.config, params)
-        return jax.tree.map(lambda leaf: leaf if is_quantised(leaf) else parts.model.cast(leaf), matrices, is_leaf=is_quantised)
+        matrices = quantise_matrices(model.config, params)
+        return jax.tree.map(lambda leaf: leaf if is_quantised(leaf) else model.cast(leaf), matrices, is_leaf=is_quantised)
 
-    return jax.jit(quantised if int8 else parts.model.cast, out_shardings=decode_shardings(parts, int8))
+    def shardings(mesh: Mesh):
+        return (quantised_shardings if int8 else parameter_shardings)(model.config, mesh, DECODE_RULES)
+
+    program = jax.jit(quantised if int8 else model.cast, out_shardings=shardings(parts.mesh))
+    return DecodeParams(program, shardings(hosts.local_mesh(parts.mesh)))
 
 
-def decode_shardings(parts: Actor | Parts, int8: bool = False):
-    """Where the weights for decoding live."""
-    place = quantised_shardings if int8 else parameter_shardings
-    return place(parts.model.config, parts.mesh, DECODE_RULES)
+def local_actor(parts: Actor | Parts) -> Actor:
+    """The one that samples: on the devices of this process."""
+    mesh = hosts.local_mesh(parts.mesh)
+    return Actor(mesh, parts.folder, parts.tokenizer, parts.template, Model(parts.model.config, mesh))

@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dgpo_jax.build import Parts
+from dgpo_jax import hosts
+from dgpo_jax.build import Parts, local_actor
 from dgpo_jax.config import Config
 from dgpo_jax.learning import in_baseline, sampled_gap, score_responses
 from dgpo_jax.memory import choose_slots
 from dgpo_jax.metrics import MetricsWriter
 from dgpo_jax.rewarding import Rewards, count_statuses, reward_metrics, to_samples
+from dgpo_jax.rewarding import join as join_rewards
 from dgpo_jax.rewards.checkers import Checkers
 from dgpo_jax.rl.advantages import alike
 from dgpo_jax.rl.drawing import TRAINING, Draw
@@ -23,8 +25,10 @@ from dgpo_jax.rl.experience import by_group, group_count, join, newest, no_group
 from dgpo_jax.rl.kl import kl_estimate
 from dgpo_jax.rl.update import Programs
 from dgpo_jax.rollout import Responses, build_sampling, make_rollout, to_rows
+from dgpo_jax.rollout import join as join_responses
 from dgpo_jax.session import Stopwatch
 from dgpo_jax.speed import rollout_work
+from dgpo_jax.stopping import Stopping
 from dgpo_jax.types import Experience, Problem, Verdict
 
 
@@ -57,11 +61,11 @@ def nothing_drawn(config: Config) -> Backlog:
     return Backlog(0, no_groups(config.rollout.max_prompt, config.rollout.max_response))
 
 
-def build_rollout(config: Config, parts: Parts):
+def build_rollout(config: Config, parts: Parts, stopping: Stopping | None = None):
     """`rollout.make_rollout` as the config wants it."""
-    settings = config.rollout
-    sampling = build_sampling(parts, settings)
-    return make_rollout(parts, sampling, settings.max_prompt, choose_slots(config, parts), settings.int8_cache)
+    settings, actor = config.rollout, local_actor(parts)
+    sampling = build_sampling(actor, settings)
+    return make_rollout(actor, sampling, settings.max_prompt, choose_slots(config, parts), settings.int8_cache, stopping)
 
 
 def make_collect(
@@ -82,7 +86,7 @@ def make_collect(
     wanted = settings.prompts * (1 + settings.staleness)
 
     def draw(params, weights, position: int, key: Draw, stopwatch: Stopwatch) -> Checked:
-        tickets = [None] * (settings.prompts * settings.group_size)
+        tickets = {}
 
         def submit(row: int, problem: Problem, text: str) -> None:  # judged while other responses are decoded
             tickets[row] = checkers.submit(problem, text)
@@ -90,8 +94,10 @@ def make_collect(
         with stopwatch("rollout"):
             responses = rollout(weights, parts.stream.take(position, settings.prompts), key, submit)
         with stopwatch("verify"):
-            verdicts = checkers.gather(tickets)
-            worth = reward(responses, verdicts)
+            verdicts = checkers.gather([tickets[row] for row in sorted(tickets)])
+            everyone = hosts.gather((responses, verdicts, reward(responses, verdicts)))
+        theirs = list(zip(*everyone, strict=True))
+        responses, verdicts, worth = join_responses(theirs[0]), [verdict for some in theirs[1] for verdict in some], join_rewards(theirs[2])
         experience = to_experience(config, responses, worth, key.iteration)
         if not config.kl.in_reward:
             return Checked(responses, verdicts, worth, experience)

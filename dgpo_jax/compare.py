@@ -39,7 +39,8 @@ from dgpo_jax.comparison_plots import Weights, plot_comparison, plot_weights
 from dgpo_jax.files import alone_in
 from dgpo_jax.methods import gradient_weights, trust_region
 from dgpo_jax.processes import Job, run_all, why_failed
-from dgpo_jax.session import claim_workdir, say
+from dgpo_jax.session import say
+from dgpo_jax.workdir import claim_workdir
 
 RATIOS = np.geomspace(0.01, 100, 2001)  # of weights.png
 
@@ -131,11 +132,13 @@ def is_done(workdir: Path, iteration: int) -> bool:
 
 
 def copy_warm_start(source: Path, workdir: Path) -> None:
-    """Gives a run its weights, and the record of how they came about; a kill leaves no half copy in its place."""
+    """Gives a run its weights, and the record of how they came about; a kill leaves no half copy in its place.
+
+    Not the checkpoint of iteration 0: it belongs to a run with the settings of the source.
+    """
     partial = workdir.with_name(f"{workdir.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for name in ("sft", "checkpoints"):  # copies and not links: the run may write into them
-        shutil.copytree(source / name, partial / name)
+    shutil.copytree(source / "sft", partial / "sft")  # a copy and not a link: the run may write into it
     os.replace(partial, workdir)
 
 

@@ -2,13 +2,13 @@
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 
 from dgpo_jax.ahead import Program, compile_ahead
-from dgpo_jax.build import Parts, abstract_state, decode_shardings
+from dgpo_jax.build import DecodeParams, Parts, abstract_state
 from dgpo_jax.config import Config
 from dgpo_jax.learning import row_shape
 from dgpo_jax.rl.packing import empty_batch
@@ -32,7 +32,8 @@ def update_programs(config: Config, parts: Parts, programs: Programs) -> list[Pr
         Program("score", "update", programs.score, (state.params, batch)),
         Program("complete", "update", programs.complete, (batch, batch.old_logprobs)),
         Program("zero", "update", programs.zero, (state.params,)),
-        Program("apply", "update", programs.apply, (state, carry[0], rate)),
+        Program("norm", "update", programs.norm, carry[:1]),
+        Program("apply", "update", programs.apply, (state, *carry, rate)),
     ]
     compute = parts.model.compute_dtype
     if config.kl.coefficient and compute != "float32":  # else it is the same program as "score"
@@ -41,17 +42,17 @@ def update_programs(config: Config, parts: Parts, programs: Programs) -> list[Pr
     return listed
 
 
-def rollout_programs(parts: Parts, decode_params: Callable, samplers: Mapping[str, Any], int8: bool = False) -> list[Program]:
-    """What sampling calls: the copy of the weights (`build.make_decode_params`), and what each sampler has.
+def rollout_programs(parts: Parts, decode_params: DecodeParams, samplers: Mapping[str, Any], int8: bool = False) -> list[Program]:
+    """What sampling calls: the copy of the weights, and what each sampler has.
 
     Args:
         int8: as of `build.make_decode_params`.
         samplers: by what they are for, such as "greedy", which then begins the names of their programs; "" = training.
     """
     params = abstract_state(parts).params
-    weights = abstract(jax.eval_shape(decode_params, params), decode_shardings(parts, int8))
+    weights = abstract(jax.eval_shape(decode_params.program, params), decode_params.shardings)
     name = "decode params in int8" if int8 else "decode params"
-    return [Program(name, "rollout", decode_params, (params,))] + [
+    return [Program(name, "rollout", decode_params.program, (params,))] + [
         program._replace(name=f"{purpose} {program.name}".lstrip())
         for purpose, sampler in samplers.items()
         for program in sampler.programs(weights)

@@ -120,6 +120,8 @@ def print_plan(config: Config, weights: Weights, sets: Sequence[Asked], workdir:
         if one.unasked:
             limit = config.rollout.max_prompt
             say(f"warning: {one.unasked} prompts of {one.name} exceed {limit} tokens and count as wrong")
+        if one.cut:
+            say(f"warning: {one.cut} prompts of {one.name} were cut to {config.rollout.max_prompt} tokens")
 
 
 def check_golds(checkers: Checkers, sets: Sequence[Asked]) -> list[str]:

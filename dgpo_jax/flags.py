@@ -47,25 +47,31 @@ FLAGS = {
     ),
 }
 
+# What config.deterministic adds. https://openxla.org/xla/determinism; it also turns off autotuning, whose choice is by time.
+DETERMINISTIC = {"gpu": (Flag("xla_gpu_deterministic_ops", "true", "the same bits in every run"),), "tpu": ()}
+
 VARIABLES = {"tpu": "LIBTPU_INIT_ARGS", "gpu": "XLA_FLAGS"}
 GPU_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
-def set_flags(backends: Sequence[str] | None = None, environment: MutableMapping[str, str] = os.environ) -> dict[str, list[str]]:
+def set_flags(
+    backends: Sequence[str] | None = None, environment: MutableMapping[str, str] = os.environ, deterministic: bool = False
+) -> dict[str, list[str]]:
     """Adds the flags of these backends to the environment, those left out that are in it already.
 
     Args:
         backends: of "tpu" and "gpu"; None = those that JAX could start here, see `installed_backends`.
+        deterministic: also those of DETERMINISTIC, even where DGPO_JAX_FLAGS is 0.
     Returns:
         What was added: {variable: ["--name=value", ...]}, empty if nothing was.
     """
-    if environment.get("DGPO_JAX_FLAGS") == "0":
-        return {}
+    fast = environment.get("DGPO_JAX_FLAGS") != "0"
     added = {}
     for backend in installed_backends(environment) if backends is None else backends:
         variable = VARIABLES[backend]
         present = environment.get(variable, "")
-        flags = [flag for flag in FLAGS[backend] if flag.name not in names_in(present)]
+        wanted = [*(FLAGS[backend] if fast else ()), *(DETERMINISTIC[backend] if deterministic else ())]
+        flags = [flag for flag in wanted if flag.name not in names_in(present)]
         if backend == "gpu":
             flags = known_to_jaxlib(flags)
         if not flags:

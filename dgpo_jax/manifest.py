@@ -4,11 +4,13 @@ Checksums are CRC-32: they find all damage within four bytes in a row and all bu
 accident, at twice the speed of SHA-256.
 """
 
+import errno
 import json
 import os
+import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 16 * 2**20  # read at a time: large enough that the checksum leaves Python free to train
@@ -26,38 +28,69 @@ def write_manifest(path: Path) -> None:
     os.replace(temporary, path / MANIFEST)
     folders = [folder for folder in path.rglob("*") if folder.is_dir()]
     for folder in (*folders, path, path.parent):  # names live in folders: without this a power cut may lose a file
-        handle = os.open(folder, os.O_RDONLY)
+        _make_names_durable(folder)
+
+
+def _make_names_durable(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # what network file systems answer that keep names durable by themselves
+            raise
+    finally:
         os.close(handle)
 
 
-def find_flaw(path: Path, read_only: tuple[str, ...] | None = None) -> str | None:
+def find_flaw(path: Path, read_only: tuple[str, ...] | None = None, must_list: tuple[str, ...] = ()) -> str | None:
     """Why the folder `path` must not be used, in words; None if it is sound.
+
+    Whatever the manifest holds, nothing outside the folder is read, and nothing that a read would wait for.
 
     Args:
         read_only: names of the files whose content is checked; of the others the size. None checks them all.
+        must_list: names without which a manifest is not one of this kind of folder.
     """
-    if not (path / MANIFEST).exists():
-        return f"it was never finished: there is no {MANIFEST}"
     try:
-        files = {
-            path / name: (size, checksum)
-            for name, (size, checksum) in json.loads((path / MANIFEST).read_text()).items()
-        }
-        sizes = {file: file.stat().st_size for file in files}
+        text = (path / MANIFEST).read_text()
+    except FileNotFoundError:
+        return f"it was never finished: there is no {MANIFEST}"
+    except NotADirectoryError:
+        return "it is a file, not a folder"
+    except (OSError, ValueError) as error:
+        return f"{MANIFEST} cannot be read: {error}"
+    try:
+        files = {_inside(path, name): (size, checksum) for name, (size, checksum) in json.loads(text).items()}
+        sizes = {file: _size(file) for file in files}
         sums = checksums([file for file in files if read_only is None or file.name in read_only])
     except OSError as error:
         return f"a file is missing or cannot be read: {error}"
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         return f"{MANIFEST} is damaged: {error}"
-    if not sums:
-        return f"{MANIFEST} is damaged: it lists no file that was to be read"
+    unlisted = [name for name in must_list if path / name not in files]
+    if unlisted or not sums:
+        return f"{MANIFEST} is damaged: it does not list {unlisted[0] if unlisted else 'a file that was to be read'}"
     for file, (size, checksum) in files.items():
         if sizes[file] != size:
             return f"{file.name} has {sizes[file]} bytes where {size} were written"
         if sums.get(file, checksum) != checksum:
             return f"{file.name} is damaged: its checksum is {sums[file]} where {checksum} was written"
     return None
+
+
+def _inside(path: Path, name: str) -> Path:
+    """The file of the folder; ValueError for a name that leads out of it."""
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise ValueError(f"it names {name}, which is outside of the folder")
+    return path / name
+
+
+def _size(file: Path) -> int:
+    """In bytes; OSError for what is not a file: a pipe in its place would be waited for."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise OSError(f"{file.name} is not a file")
+    return found.st_size
 
 
 def checksums(files: list[Path], durable: bool = False) -> dict[Path, str]:

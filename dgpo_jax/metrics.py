@@ -54,7 +54,7 @@ WARM_START_COLUMNS = (
     Column("speed/update_tokens_per_second_per_device", "tokens/s", ".0f"),
 )
 HEADER_EVERY = 20  # lines
-TEXTS = re.compile(r"iteration_(\d+)\.jsonl")  # in rollouts/ and eval/
+TEXTS = re.compile(r"iteration_(\d+)\.jsonl")  # in rollouts/, eval/ and nonfinite/
 
 
 class MetricsWriter:
@@ -94,9 +94,9 @@ class MetricsWriter:
     def rewind(self, iteration: float) -> None:
         """Drops every line, point and text of iterations >= `iteration`, and a last line that was torn by a kill."""
         self.close()
-        rows = [row for row in read_metrics(self.path) if row[self.unit] < iteration] if self.path.exists() else []
+        rows = [row for row in read_metrics(self.path, self.unit) if row[self.unit] < iteration] if self.path.exists() else []
         write_lines(self.path, rows)
-        for path in [*self.workdir.glob("rollouts/*"), *self.workdir.glob("eval/*")]:
+        for path in [*self.workdir.glob("rollouts/*"), *self.workdir.glob("eval/*"), *self.workdir.glob("nonfinite/*")]:
             match = TEXTS.fullmatch(path.name)
             if match and int(match[1]) >= iteration:
                 path.unlink()
@@ -143,18 +143,55 @@ class MetricsWriter:
             self._file = self._tensorboard = None
 
 
-def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, null read as NaN. A last line without its line end was torn by a kill: left out."""
+class NoMetrics:
+    """A writer that writes nothing, for processes other than the first."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def write(self, iteration: int, metrics: dict[str, Any]) -> None:
+        """As MetricsWriter's, and so are the others."""
+
+    def write_rollouts(self, iteration: int, rows: list[dict]) -> None:
+        """Nothing."""
+
+    def write_eval(self, iteration: int, rows: list[dict]) -> None:
+        """Nothing."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+def read_metrics(path: str | Path, unit: str = "") -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl, null read as NaN. A last line without its line end was torn by a kill: left out.
+
+    Args:
+        unit: what every line must have the number of; "" = not looked at.
+    Raises:
+        ValueError: with the line that is none of a run.
+    """
     # A kill can also tear a character apart; that is in the torn line, so it need not be readable.
     lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}, line {number} is not JSON ({error}); mend or delete that line.") from error
+        if not _is_row(row, unit):
+            raise ValueError(f"{path}, line {number} is {line[:60]!r}, which no run has written; mend or delete that line.")
         rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows
+
+
+def _is_row(row: Any, unit: str) -> bool:
+    """Whether it is an object with numbers that fit, where TensorBoard wants them too."""
+    if not isinstance(row, dict) or any(isinstance(value, int) and abs(value) >= 2**63 for value in row.values()):
+        return False
+    return not unit or (isinstance(row.get(unit), int) and isinstance(row.get("time/clock", 0), (int, float)))
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:

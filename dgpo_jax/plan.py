@@ -5,7 +5,9 @@ from pathlib import Path
 
 import jax
 
+from dgpo_jax import hosts
 from dgpo_jax.build import Parts
+from dgpo_jax.checkpoint.storage import describe_storage
 from dgpo_jax.config import Config
 from dgpo_jax.flags import VARIABLES
 from dgpo_jax.memory import choose_slots, forecast_memory
@@ -13,6 +15,7 @@ from dgpo_jax.models.parameters import parameter_count
 from dgpo_jax.recipe import PRESETS, ignored, method_settings, preset_choices
 from dgpo_jax.session import say, say_prompt
 from dgpo_jax.sharding import count_decoding
+from dgpo_jax.workdir import forecast_storage
 
 
 def print_plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, object]) -> None:
@@ -22,14 +25,14 @@ def print_plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, ob
         chosen: settings left open in the config, with the values that the method was published with.
     """
     say(f"dgpo_jax: {config.name} in {workdir}")
-    rows = plan(config, parts, chosen)
+    rows = plan(config, parts, workdir, chosen)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         say(f"  {name:<{width}}  {value}")
     say_prompt(parts.stream.take(0, 1)[0], parts.template, parts.tokenizer)
 
 
-def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[str, str]]:
+def plan(config: Config, parts: Parts, workdir: Path, chosen: dict[str, object]) -> list[tuple[str, str]]:
     """(name, value) of everything derived; sizes in tokens unless they say otherwise. Arguments as in `print_plan`."""
     rollout, update, model = config.rollout, config.update, parts.model.config
     responses = rollout.prompts * rollout.group_size
@@ -40,11 +43,12 @@ def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[
     dropped = f", {parts.dropped} dropped as longer than {rollout.max_prompt} tokens" if parts.dropped else ""
     benchmarks = "".join(f", {len(problems)} of {name}" for name, problems in parts.benchmarks.items())
     too_long = "".join(f", {count} of {name} too long to be asked: they count as wrong" for name, count in parts.unasked.items())
+    too_long += "".join(f", {count} of {name} cut to {rollout.max_prompt} tokens" for name, count in parts.cut.items())
     slots = choose_slots(config, parts)
     turns = f", {slots} at a time" if slots < responses else ""
     device = parts.mesh.devices.flat[0]
     return [
-        ("devices", f"{parts.mesh.size} x {device.device_kind} ({mesh})"),
+        ("devices", f"{parts.mesh.size} x {device.device_kind} ({mesh})" + (f", of {hosts.count()} processes" if hosts.count() > 1 else "")),
         ("model", f"{weights / 1e6:.1f} M parameters, {model.layers} layers of width {model.width},"
                   f" computing in {parts.model.compute_dtype.name}"),
         ("problems", f"{len(parts.stream.problems)} to learn from{dropped}, {len(parts.held_out)} held out{benchmarks}{too_long}"),
@@ -59,6 +63,7 @@ def plan(config: Config, parts: Parts, chosen: dict[str, object]) -> list[tuple[
         ("a microbatch", f"{rows} rows of {update.tokens_per_row} on each of {parts.replicas} replicas"),
         ("the run", f"{config.sft.updates} supervised updates, then {config.iterations} iterations"),
         ("memory", memory_line(config, parts, slots)),
+        ("checkpoints", f"every {config.checkpoint.every} iterations, {describe_storage(forecast_storage(config, parts, workdir))}"),
         ("compiler", compiler_line(device.platform)),
     ]  # fmt: skip
 

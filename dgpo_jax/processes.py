@@ -80,13 +80,17 @@ def core_shares(at_once: int) -> list[list[int]]:
 def start(job: Job, cores: Sequence[int]) -> subprocess.Popen:
     """The running job. Its session is its own: Ctrl-C in the terminal reaches the parent alone, which then stops it."""
     job.log.parent.mkdir(parents=True, exist_ok=True)
-    launcher = [sys.executable, "-m", __name__, str(os.getpid()), ",".join(map(str, cores))]
     with open(job.log, "a") as log:
         log.write(f"$ {shlex.join(job.command)}\n")
         log.flush()
         return subprocess.Popen(
-            [*launcher, *job.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            tied(job.command, cores), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
         )
+
+
+def tied(command: Sequence[str], cores: Sequence[int] = ()) -> list[str]:
+    """The command that becomes `command`, tied to the life of this process and kept to these cores; [] = all of them."""
+    return [sys.executable, "-m", "dgpo_jax.processes", str(os.getpid()), ",".join(map(str, cores)), *command]
 
 
 def stop(processes: Sequence[subprocess.Popen]) -> None:
@@ -102,10 +106,15 @@ def stop(processes: Sequence[subprocess.Popen]) -> None:
             process.wait()
 
 
+def describe_code(code: int) -> str:
+    """An exit code as subprocess gives it, in words."""
+    return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
 def why_failed(job: Job, code: int) -> str:
     """One line: the signal, or the last error in the log, or else the last line there."""
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}"
+        return describe_code(code)
     with open(job.log, "rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]

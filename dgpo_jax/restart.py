@@ -1,6 +1,7 @@
 """Where a run stands between two iterations, as a checkpoint keeps it. `train` and `sft` write it, `train` goes on from it."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from dgpo_jax.build import Parts, abstract_state
 from dgpo_jax.checkpoint import Checkpoints
@@ -17,6 +18,7 @@ class Progress(NamedTuple):
     state: TrainState
     skipped: int  # updates skipped in a row
     backlog: Backlog
+    unwritten: dict[str, Any] | None = None  # metrics of the last iteration, if its evaluation was not finished
 
 
 def at_the_start(config: Config, state: TrainState) -> Progress:
@@ -24,11 +26,20 @@ def at_the_start(config: Config, state: TrainState) -> Progress:
     return Progress(0, state, 0, nothing_drawn(config))
 
 
-def save(checkpoints: Checkpoints, progress: Progress) -> None:
-    """Writes it in the background; `restore` is the other way round."""
-    extra = {"skipped_in_a_row": progress.skipped, "position": progress.backlog.position}
+def save(checkpoints: Checkpoints, progress: Progress, record: Mapping[str, Any], score: float | None = None) -> None:
+    """Writes it in the background; `restore` is the other way round.
+
+    Args:
+        record: of the run, from `workdir.run_record`.
+        score: of its evaluation, by which the best are kept.
+    """
+    extra = {
+        "skipped_in_a_row": progress.skipped, "position": progress.backlog.position, "unwritten": progress.unwritten,
+        "run": dict(record),
+    }  # fmt: skip
     waiting = progress.backlog.waiting
-    checkpoints.save(progress.done, progress.state, extra, to_arrays(waiting) if group_count(waiting) else None)
+    arrays = to_arrays(waiting) if group_count(waiting) else None
+    checkpoints.save(progress.done, progress.state, extra, arrays, score=score)
 
 
 def restore(config: Config, parts: Parts, checkpoints: Checkpoints) -> Progress | None:
@@ -42,4 +53,4 @@ def restore(config: Config, parts: Parts, checkpoints: Checkpoints) -> Progress 
         return None
     done, state, extra, arrays = restored
     waiting = from_arrays(arrays) if arrays else nothing_drawn(config).waiting
-    return Progress(done, state, extra["skipped_in_a_row"], Backlog(extra["position"], waiting))
+    return Progress(done, state, extra["skipped_in_a_row"], Backlog(extra["position"], waiting), extra.get("unwritten"))

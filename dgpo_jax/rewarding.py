@@ -21,6 +21,12 @@ class Rewards(NamedTuple):
     terms: dict[str, np.ndarray]  # f32[B] of each reward function, before its weight
 
 
+def join(parts: Sequence[Rewards]) -> Rewards:
+    """Those of several processes, in their order."""
+    scores, rewards = (np.concatenate([getattr(part, field) for part in parts]) for field in ("scores", "rewards"))
+    return Rewards(scores, rewards, {name: np.concatenate([part.terms[name] for part in parts]) for name in parts[0].terms})
+
+
 def make_rewards(config: Config) -> Callable[[Responses, Sequence[Verdict]], Rewards]:
     """Returns the function (Responses, B verdicts) -> Rewards.
 

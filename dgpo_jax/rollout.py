@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dgpo_jax.build import Actor, Parts
+from dgpo_jax import hosts
+from dgpo_jax.build import Actor
 from dgpo_jax.data.prompts import encode_prompts
 from dgpo_jax.rl.drawing import Draw, Sampling
 from dgpo_jax.rl.sampler import make_sampler
+from dgpo_jax.stopping import Stopping
 from dgpo_jax.types import Problem, Prompts, Rollout, Verdict
 
 OnAnswer = Callable[[int, Problem, str], object]
@@ -47,23 +49,30 @@ class Responses(NamedTuple):
 
 
 def make_rollout(
-    parts: Actor | Parts, sampling: Sampling, max_prompt: int, slots: int, int8_cache: bool = False
+    actor: Actor, sampling: Sampling, max_prompt: int, slots: int, int8_cache: bool = False, stopping: Stopping | None = None
 ) -> Callable[..., Responses]:
     """Returns the function (decode params, Q problems, Draw of ints, on_answer=None) -> Responses.
+
+    Of several processes each answers its own share of the problems, `hosts.share_of(Q)`, and gets the responses to these.
 
     `on_answer` is called with (row, problem, text as the checkers take it) as soon as a response has ended, while others
     are still being sampled.
 
     Args:
-        slots: responses decoded at once.
+        actor: of this process's devices.
+        slots: responses decoded at once, by all processes together.
         int8_cache: keep keys and values in eight bits.
+        stopping: asked between chunks whether to go on; None = always.
     """
-    sampler = make_sampler(parts.model, sampling, slots=slots, max_prompt=max_prompt, int8_cache=int8_cache)
-    tokenizer, size = parts.tokenizer, sampling.group_size
+    slots, stopping = -(-slots // hosts.count()), stopping or Stopping()
+    sampler = make_sampler(actor.model, sampling, slots=slots, max_prompt=max_prompt, int8_cache=int8_cache)
+    tokenizer, size = actor.tokenizer, sampling.group_size
 
     def rollout(params, problems: Sequence[Problem], draw: Draw, on_answer: OnAnswer | None = None) -> Responses:
-        prompts = encode_prompts(problems, tokenizer, parts.template, max_prompt)
-        openings = [parts.template.opening(problem.problem, tokenizer) for problem in problems]
+        share = hosts.share_of(len(problems))
+        problems, draw = problems[share], draw._replace(first_prompt=draw.first_prompt + share.start)
+        prompts = encode_prompts(problems, tokenizer, actor.template, max_prompt)
+        openings = [actor.template.opening(problem.problem, tokenizer) for problem in problems]
         texts = [""] * (len(problems) * size)
 
         def finished(row: int, tokens: np.ndarray) -> None:
@@ -71,11 +80,27 @@ def make_rollout(
             if on_answer is not None:
                 on_answer(row, problems[row // size], openings[row // size] + texts[row])
 
-        sampled = sampler(params, prompts, draw, finished)
+        sampled = sampler(params, prompts, draw, finished, stopping.chunk)
+        stopping.drawn()
         return Responses(problems, prompts, sampled.rollout, texts, openings, sampled.row_steps)
 
     rollout.sampler = sampler
     return rollout
+
+
+def join(parts: Sequence[Responses]) -> Responses:
+    """The responses of several processes, in their order."""
+    if len(parts) == 1:
+        return parts[0]
+    prompts, rollouts = [part.prompts for part in parts], [part.rollout for part in parts]
+    return Responses(
+        [problem for part in parts for problem in part.problems],
+        Prompts(*map(np.concatenate, zip(*prompts, strict=True))),
+        Rollout(*map(np.concatenate, zip(*rollouts, strict=True))),
+        [text for part in parts for text in part.texts],
+        [opening for part in parts for opening in part.openings],
+        sum(part.row_steps for part in parts),
+    )
 
 
 def to_rows(responses: Responses, verdicts: Sequence[Verdict], rewards: np.ndarray) -> list[dict]:
@@ -102,10 +127,10 @@ def to_rows(responses: Responses, verdicts: Sequence[Verdict], rewards: np.ndarr
     ]
 
 
-def build_sampling(parts: Actor | Parts, rollout_config) -> Sampling:
+def build_sampling(actor: Actor, rollout_config) -> Sampling:
     """The sampler's settings for a rollout to learn from."""
     return Sampling(
-        group_size=rollout_config.group_size, max_response=rollout_config.max_response, stop_ids=parts.tokenizer.stop_ids,
-        pad_id=parts.tokenizer.pad_id, temperature=rollout_config.temperature, top_p=rollout_config.top_p,
+        group_size=rollout_config.group_size, max_response=rollout_config.max_response, stop_ids=actor.tokenizer.stop_ids,
+        pad_id=actor.tokenizer.pad_id, temperature=rollout_config.temperature, top_p=rollout_config.top_p,
         top_k=rollout_config.top_k,
     )  # fmt: skip

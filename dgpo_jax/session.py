@@ -1,55 +1,74 @@
-"""What every command does around its story: read the command line, claim the workdir, say what is going on."""
+"""What every command does around its story: read the command line, join the other processes, say what is going on."""
 
 import contextlib
-import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
-from dgpo_jax.config import Config, NoOptions, default_workdir, fixed_settings, flatten, parse_command, to_json
-from dgpo_jax.data.problems import fingerprint
+from dgpo_jax import activity, hosts
+from dgpo_jax.config import Config, NoOptions, default_workdir, parse_command
 from dgpo_jax.data.prompts import Template
 from dgpo_jax.data.tokenizers import Tokenizer
-from dgpo_jax.files import write_whole
 from dgpo_jax.flags import set_flags
+from dgpo_jax.metrics import MetricsWriter, NoMetrics
+from dgpo_jax.stopping import STOPPED_EARLY, Stop, Stopping
 from dgpo_jax.types import Problem
+from dgpo_jax.watchdog import Watchdog
 
 CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
 
 
-def run_command(program: str, description: str, story: Callable[..., object], options: type = NoOptions) -> None:
+def run_command(
+    program: str, description: str, story: Callable[..., object], options: type = NoOptions, several: bool = False
+) -> None:
     """Runs a story as a command: bad input is one line and exit code 1, never a traceback.
 
-    DGPO_JAX_TRACEBACK=1 shows the traceback all the same.
+    DGPO_JAX_TRACEBACK=1 shows the traceback all the same. Other exit codes: 2 for a bad command line, STOPPED_EARLY,
+    watchdog.NOTHING_MOVED, 130 for a second Ctrl-C.
 
     Args:
         story: called as story(config, workdir), the workdir found by the settings if none was given; with `options`
             as story(config, workdir or None, options).
         options: see `config.parse_command`.
+        several: whether the story can be told by several processes.
     """
     config, workdir, chosen = parse_command(sys.argv[1:], program=program, description=description, options=options)
-    set_flags()  # before anything starts JAX's backend, which reads them once
+    set_flags(deterministic=config.deterministic)  # before anything starts JAX's backend, which reads them once
     use_compilation_cache()
     try:
+        if several:
+            hosts.join(config.hosts)
+        elif hosts.launched() or config.hosts.cluster != "none":
+            raise ValueError(f"{program} runs in one process; start it without dgpo_jax.launch and with hosts.cluster=none.")
         if options is NoOptions:
             story(config, workdir or default_workdir(config))
         else:
             story(config, workdir, chosen)
+    except Stop:
+        raise SystemExit(STOPPED_EARLY) from None  # said already
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("DGPO_JAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
-        if isinstance(error, RuntimeError):  # not about the input: somebody may have to look at the code
-            print("DGPO_JAX_TRACEBACK=1 shows where this came from", file=sys.stderr)
-        raise SystemExit(1) from None
+        report(error)
+        hosts.leave(1)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is on the disk", file=sys.stderr)
-        raise SystemExit(130) from None
+        hosts.leave(130)
+
+
+def report(error: Exception) -> None:
+    """One line on stderr, from whom it is about."""
+    if isinstance(error, hosts.RefusedElsewhereError):
+        return  # process 0 says it
+    who = f"{hosts.name()}: " if hosts.count() > 1 else ""
+    print(f"{who}error: {error}", file=sys.stderr)
+    if isinstance(error, RuntimeError):  # not about the input: somebody may have to look at the code
+        print("DGPO_JAX_TRACEBACK=1 shows where this came from", file=sys.stderr)
 
 
 def use_compilation_cache() -> None:
@@ -59,64 +78,15 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def claim_workdir(config: Config, workdir: Path) -> None:
-    """Creates the workdir and its config.json.
-
-    Raises:
-        ValueError: it cannot be written, or holds a run with other settings.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        record = workdir / "config.json"
-        if record.exists() and has_results(workdir):
-            refuse_changes(config, record)
-        write_whole(record, to_json(config))
-    except OSError as error:
-        raise ValueError(f"--workdir {workdir} cannot be written: {error.strerror}; choose another.") from None
-
-
-def claim_problems(workdir: Path, **sets: Sequence[Problem]) -> None:
-    """Records which problems the run is about, in problems.json.
-
-    Raises:
-        ValueError: the run in the workdir was started with others under the same names: a file was edited meanwhile.
-    """
-    record = workdir / "problems.json"
-    prints = {name: {"problems": len(problems), "sha256": fingerprint(problems)} for name, problems in sets.items()}
-    before = json.loads(record.read_text()) if record.exists() and has_results(workdir) else {}
-    changed = [name for name in prints if before.get(name, prints[name]) != prints[name]]
-    if changed:
-        raise ValueError(
-            f"{workdir} holds a run with other {changed[0]} problems: they were {before[changed[0]]['problems']} and are"
-            f" {prints[changed[0]]['problems']}, or their texts have changed. Put them back, or use another --workdir."
-        )
-    write_whole(record, json.dumps(before | prints, indent=2) + "\n")
-
-
-def has_results(workdir: Path) -> bool:
-    """Whether anything was computed there: a run refused for its data or weights leaves a workdir that can be used."""
-    records = [*workdir.glob("metrics.jsonl"), *workdir.glob("sft/metrics.jsonl")]
-    return any(record.stat().st_size for record in records) or any(workdir.glob("**/checkpoints/iteration_*"))
-
-
-def refuse_changes(config: Config, record: Path) -> None:
-    """Raises ValueError if the run in the workdir was started with other settings than these."""
-    before = flatten(json.loads(record.read_text()))
-    changed = [
-        f"{name} was {before.get(name)!r} and is {value!r}"
-        for name, value in fixed_settings(config).items()
-        if before.get(name) != value
-    ]
-    if changed:
-        raise ValueError(
-            f"{record.parent} holds a run with other settings: {'; '.join(changed)}. Use another --workdir, or the"
-            " settings it was started with."
-        )
-
-
 def say(text: str) -> None:
-    """A line of the story, for the person watching."""
-    print(text, flush=True)
+    """A line of the story, for the person watching; of several processes the first one tells it."""
+    if hosts.is_first():
+        print(text, flush=True)
+
+
+def open_writer(workdir: Path, resume_iteration: int | None, **settings) -> MetricsWriter | NoMetrics:
+    """A `metrics.MetricsWriter`; of several processes only the first one's writes."""
+    return MetricsWriter(workdir, resume_iteration, **settings) if hosts.is_first() else NoMetrics()
 
 
 def say_prompt(problem: Problem, template: Template, tokenizer: Tokenizer) -> None:
@@ -124,6 +94,12 @@ def say_prompt(problem: Problem, template: Template, tokenizer: Tokenizer) -> No
     judged = f"answer {problem.answer!r}" if problem.checker == "math" else f"judged as {problem.checker}"
     say(f"first prompt, {judged}:")
     say("  | " + template.render(problem.problem, tokenizer).rstrip("\n").replace("\n", "\n  | "))
+
+
+def watchdog(config: Config, workdir: Path, stopping: Stopping) -> Watchdog:
+    """Which says what the run waits for when nothing moves."""
+    stop = stopping.request if config.guard.stop_when_silent else None
+    return Watchdog(config.guard.silence_minutes * 60, workdir / "stacks", hosts.name(), stop)
 
 
 class Stopwatch:
@@ -156,7 +132,7 @@ class Stopwatch:
         self.show(name)
         began = time.perf_counter()
         try:
-            with jax.profiler.TraceAnnotation(name):
+            with activity.doing(name), jax.profiler.TraceAnnotation(name):
                 yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began

@@ -9,7 +9,8 @@ of many tokens, and `context` splits the batch too.
 import math
 
 import jax
-from jax.experimental import mesh_utils
+import numpy as np
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 # Neighbours in the last axis talk most: in every layer, and wait for it.
@@ -182,15 +183,43 @@ def abstract(tree, shardings):
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
 
 
+def rows_here(sharding, shape):
+    """The rows (of the first axis) that devices of this process hold a part of; None = all of them."""
+    if sharding.is_fully_addressable:
+        return None
+    slices = (index[0] for index in sharding.addressable_devices_indices_map(shape).values())
+    return frozenset(row for part in slices for row in range(*part.indices(shape[0])))
+
+
 def to_device(tree, shardings=None):
     """Host arrays to the device; explicit, hence allowed under `jax.transfer_guard("disallow")`.
+
+    With several processes each passes the same shapes and puts its own part of every array; what it holds of the others' is not read.
 
     Args:
         shardings: a tree like `tree`, a prefix of it, or None for the default device.
     """
-    return jax.device_put(tree, shardings)
+    if shardings is None or jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def put(array, sharding):
+        if sharding.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        return jax.make_array_from_callback(np.shape(array), sharding, lambda index: np.asarray(array)[index])
+
+    with jax.transfer_guard("allow"):  # making an array from parts counts as an accident there
+        return jax.tree.map(put, tree, jax.tree.broadcast(shardings, tree))
 
 
 def to_host(tree):
-    """Device arrays to numpy; waits for them to be computed. Every host must hold all of each array."""
+    """Device arrays to numpy; waits for them to be computed. Several processes get the whole of what they split: all must call."""
+
+    def whole(array):
+        if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+            return array
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    if jax.process_count() > 1:
+        with jax.transfer_guard("allow"):
+            tree = jax.tree.map(whole, tree)
     return jax.device_get(tree)

@@ -10,26 +10,31 @@ from pathlib import Path
 
 import numpy as np
 
+from dgpo_jax import activity
 from dgpo_jax.build import Parts, abstract_state, build_state, load
 from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.config import Config, SftConfig
 from dgpo_jax.data.problems import ProblemStream
-from dgpo_jax.data.prompts import encode_examples, fit_prompts
+from dgpo_jax.data.prompts import encode_examples, fit
 from dgpo_jax.learning import row_shape
-from dgpo_jax.metrics import WARM_START_COLUMNS, MetricsWriter, progress
+from dgpo_jax.metrics import WARM_START_COLUMNS, progress
 from dgpo_jax.rl.packing import Example, pack
 from dgpo_jax.rl.update import LossSettings, Programs, make_programs, take_update
+from dgpo_jax.session import open_writer, say
 from dgpo_jax.sharding import to_device, to_host
+from dgpo_jax.stopping import Stop, Stopping
 from dgpo_jax.types import TrainState
 
 SUPERVISED = LossSettings("reinforce", {}, temperature=1.0, logprob_chunk=512)
 
 
-def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
+def warm_start(config: Config, parts: Parts, workdir: Path, stopping: Stopping) -> TrainState:
     """Trains on `sft.updates` minibatches of worked solutions.
 
     Goes on from its own newest checkpoint; its metrics are in `workdir/sft/metrics.jsonl`, one object per update.
 
+    Args:
+        stopping: asked between updates; before it raises Stop, what has been learned is saved.
     Returns:
         The state after the last update, its optimizer's moments included.
     Raises:
@@ -43,16 +48,33 @@ def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
         restored = checkpoints.restore(abstract_state(parts))
         done, state = restored[:2] if restored else (0, build_state(config, parts))
         with (
-            MetricsWriter(folder, done + 1, console_columns=WARM_START_COLUMNS, unit="update") as writer,
+            open_writer(folder, done + 1, console_columns=WARM_START_COLUMNS, unit="update") as writer,
+            activity.doing("warm start", lambda: f"update {done} of {config.sft.updates}"),
             progress("warm start", config.sft.updates) as advance,
         ):
             advance(done)
-            began, logged = time.perf_counter(), done
+            began, logged, first = time.perf_counter(), done, done
+            flags = []  # of the updates since the last line, on the device: whether they were skipped
             for update in range(done + 1, config.sft.updates + 1):
+                try:
+                    stopping.update()
+                except Stop:
+                    if done > first:
+                        checkpoints.save(done, state, {})
+                        checkpoints.wait(required=True)
+                    say(f"warm start stopped ({stopping.reason}) and saved after update {done} of {config.sft.updates}; the same command goes on")
+                    raise
                 last = update == config.sft.updates
                 state, results = supervised_update(config, parts, programs, stream, state, update - 1)
+                flags.append(results[1].skipped)
                 if last or update % config.sft.log_every == 0:
                     metrics = to_metrics(results)
+                    if sum(to_host(flags)) == len(flags):
+                        raise ValueError(
+                            f"all of the last {len(flags)} updates of the warm start had a gradient, a loss or a log-probability that"
+                            " is not finite; lower sft.learning_rate, or look at its solutions."
+                        )
+                    flags.clear()
                     # Updates run behind the host, so only their mean since the last line is a time.
                     seconds = (time.perf_counter() - began) / (update - logged)
                     began, logged = time.perf_counter(), update
@@ -61,6 +83,7 @@ def warm_start(config: Config, parts: Parts, workdir: Path) -> TrainState:
                     writer.write(update, metrics)
                 if last or update % config.sft.checkpoint_every == 0:
                     checkpoints.save(update, state, {})
+                done = update
                 advance()
     return state
 
@@ -80,7 +103,7 @@ def solved_problems(config: Config, parts: Parts) -> ProblemStream:
 def _fitting_stream(config: Config, parts: Parts) -> ProblemStream:
     problems = load(config.data, config.sft.data, config.seed)
     limit, policy = config.rollout.max_prompt, config.data.too_long
-    return ProblemStream(fit_prompts(problems, parts.tokenizer, parts.template, limit, policy)[0], config.seed)
+    return ProblemStream(fit(problems, parts.tokenizer, parts.template, limit, policy).problems, config.seed)
 
 
 def supervised_update(config: Config, parts: Parts, programs: Programs, stream: ProblemStream, state, update: int):
@@ -111,6 +134,7 @@ def to_metrics(of_update) -> dict[str, float]:
         "sft/entropy": float(totals.sums["entropy"]) / tokens,
         "sft/tokens": tokens,
         "optim/grad_norm": float(figures.grad_norm),
+        "optim/skipped": float(figures.skipped),
         "optim/learning_rate": rate,
     }
 

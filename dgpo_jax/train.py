@@ -2,20 +2,27 @@
 
     python -m dgpo_jax.train --config=configs/smoke.py
 
-Read `train` from top to bottom: one iteration is five acts. What an act does is in the module it calls.
+`train` builds what a run needs; `iterate` is the run: read it from top to bottom, one iteration is five acts. What an act
+does is in the module it calls.
 
 Where a run goes on, in this order:
     1. the newest sound checkpoint in workdir/checkpoints;
     2. else the supervised warm start, if sft.updates asks for one, from its own newest checkpoint;
     3. else the weights of model.path, or random ones.
 Metrics and rollouts of later iterations are dropped first, so that a run that was killed leaves the same files as one
-that was not. A line of metrics is written before the checkpoint of its iteration: a checkpoint never lacks its line.
+that was not. A line of metrics is written before the checkpoint of its iteration: a checkpoint never lacks its line. (One
+that a signal during an evaluation caused holds what there is of its line.)
 """
 
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 
+from dgpo_jax import activity, hosts
 from dgpo_jax.build import (
     Parts,
     abstract_params,
@@ -33,8 +40,9 @@ from dgpo_jax.collecting import build_rollout, make_collect
 from dgpo_jax.compiling import compile_run, rollout_programs, update_programs
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation.in_training import make_evaluation
+from dgpo_jax.health import Health
 from dgpo_jax.learning import compute_advantages, learn, score_waiting
-from dgpo_jax.metrics import MetricsWriter, progress, read_metrics
+from dgpo_jax.metrics import MetricsWriter, NoMetrics, progress, read_metrics, write_lines
 from dgpo_jax.plan import print_plan
 from dgpo_jax.plots import plot_curves
 from dgpo_jax.profiling import profiled
@@ -43,9 +51,31 @@ from dgpo_jax.restart import Progress, at_the_start, restore, save
 from dgpo_jax.rewarding import make_rewards
 from dgpo_jax.rewards.checkers import Checkers
 from dgpo_jax.rl.update import Programs
-from dgpo_jax.session import Stopwatch, claim_problems, claim_workdir, memory_metrics, run_command, say
+from dgpo_jax.session import Stopwatch, memory_metrics, open_writer, run_command, say, watchdog
 from dgpo_jax.speed import speed_metrics, update_work
+from dgpo_jax.stopping import Stop, Stopping
 from dgpo_jax.supervised import warm_start
+from dgpo_jax.workdir import check_disk, claim, claim_sets
+
+
+class Run(NamedTuple):
+    """What every iteration uses."""
+
+    config: Config  # resolved
+    workdir: Path
+    parts: Parts
+    programs: Programs
+    collect: Callable
+    evaluate: Callable
+    decode_params: Callable
+    reference: Any  # params, or None
+    checkpoints: Checkpoints
+    record: dict  # of the run, for its checkpoints
+    writer: MetricsWriter | NoMetrics
+    health: Health
+    stopping: Stopping
+    stopwatch: Stopwatch
+    advance: Callable  # the progress bar
 
 
 def train(config: Config, workdir: str | Path) -> dict[str, float]:
@@ -55,78 +85,111 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
         The metrics of its last iteration.
     Raises:
         ValueError: a setting, the data, the weights or the checkpoint does not fit; nothing was computed.
+        Stop: a signal or a limit ended it early. What it had done was saved: called again it goes on.
     """
     workdir, chosen_for_you = Path(workdir), published(config)
     config = resolve(config)
-    claim_workdir(config, workdir)
-    found = peek(workdir / "checkpoints")
-    if found and found[0] >= config.iterations > 0:
-        say(f"nothing to do: all {config.iterations} iterations were done before; raise iterations to go on")
-        MetricsWriter(workdir, resume_iteration=found[0] + 1).close()  # lines of a longer run that was killed
-        return finish(config, workdir)
-    reward = make_rewards(config)
-    parts = build_parts(config)
-    claim_problems(workdir, training=parts.stream.problems, held_out=parts.held_out, **parts.benchmarks)
-    print_plan(config, parts, workdir, chosen_for_you)
-    programs, rollout = build_programs(config, parts), build_rollout(config, parts)
-    decode_params = make_decode_params(parts)
-    rollout_params = make_decode_params(parts, int8=True) if config.rollout.int8_weights else decode_params
+    with ExitStack() as stack:
+        found = claim(stack, config, workdir)
+        if found and found[0] >= config.iterations > 0 and not found[1].get("unwritten"):
+            return nothing_to_do(config, workdir, found[0])
+        stopping = stack.enter_context(Stopping(config.grace_seconds, config.stop_after_minutes * 60))
+        stack.enter_context(watchdog(config, workdir, stopping))
 
-    with (
-        build_checkers(config, parts.problems()) as checkers,
-        Checkpoints(workdir / "checkpoints", config.checkpoint.keep) as checkpoints,
-    ):
+        # In the order of what can go wrong cheaply; compiled before the first weight is read.
+        reward, parts = make_rewards(config), build_parts(config)
+        record = claim_sets(config, workdir, parts, found)
+        print_plan(config, parts, workdir, chosen_for_you)
+        check_disk(config, parts, workdir)
+        checkers = stack.enter_context(build_checkers(config, parts.problems()))
         check_golds(checkers, parts)
-        evaluate = make_evaluation(config, parts, checkers)
+        checkpoints = stack.enter_context(
+            Checkpoints(workdir / "checkpoints", config.checkpoint.keep, config.checkpoint.keep_best)
+        )
+        programs, rollout = build_programs(config, parts), build_rollout(config, parts, stopping)
+        evaluate = make_evaluation(config, parts, checkers, stopping)
+        decode_params = make_decode_params(parts)
+        rollout_params = make_decode_params(parts, int8=True) if config.rollout.int8_weights else decode_params
         sampled_with = [(decode_params, evaluate.samplers, False), (rollout_params, {"": rollout.sampler}, config.rollout.int8_weights)]
         compiling = compile_all(config, parts, programs, sampled_with)
-        done, state, skipped, backlog = find_start(config, parts, checkpoints, workdir)
+
+        now = find_start(config, parts, checkpoints, workdir, record, stopping)
         reference = find_reference(config, parts, workdir)
-        with (
-            MetricsWriter(workdir, resume_iteration=done + 1 if done else 0) as writer,
-            progress("iterations", config.iterations) as advance,
-            Stopwatch(show=lambda part: advance(0, part)) as stopwatch,
-            jax.transfer_guard("disallow"),
-        ):
-            collect = make_collect(config, parts, programs, rollout, rollout_params, checkers, reward, writer, reference)
-            advance(done)
-            if not done:
-                evaluation(evaluate, decode_params(state.params), writer, 0, stopwatch, {"time/compile_ahead": compiling})
-            for iteration in range(done + 1, config.iterations + 1):
-                with profiled(config, workdir, iteration), stopwatch("iteration"):
-                    # Act 1, collect: the weights as they are answer prompts, worker processes check the answers.
-                    experience, backlog, collected = collect(state.params, backlog, iteration, stopwatch)
-
-                    # Act 2, advantages: each response against the others of its group.
-                    advantages = compute_advantages(config, experience)
-
-                    # Act 3, updates: several optimizer steps on shares of the groups.
-                    with stopwatch("update"):
-                        # What is learned from later needs the weights that sampled it, and these are about to change.
-                        waiting = score_waiting(config, parts, programs, state.params, backlog.waiting)
-                        backlog = backlog._replace(waiting=waiting)
-                        state, learned = learn(
-                            config, parts, programs, state, experience, advantages, iteration, reference, skipped
-                        )
-                    skipped = check_skipped(config, learned["optim/skipped_in_a_row"])
-
-                work = update_work(config, parts, experience, advantages)
-                metrics = collected | learned | work | stopwatch.take() | memory_metrics()
-                metrics |= speed_metrics(config, parts, metrics)
-
-                # Act 4, evaluation: held-out problems, every so many iterations and after the last.
-                last = iteration == config.iterations
-                due = last or (config.eval.every and iteration % config.eval.every == 0)
-                evaluation(
-                    evaluate, decode_params(state.params) if due else None, writer, iteration, stopwatch, metrics
-                )
-
-                # Act 5, checkpoint: from here the run can go on after a kill.
-                if last or iteration % config.checkpoint.every == 0:
-                    save(checkpoints, Progress(iteration, state, skipped, backlog))
-                advance()
-        checkpoints.wait()
+        writer = stack.enter_context(open_writer(workdir, resume_iteration=next_line(now)))
+        health = Health(config, parts.model.compute_dtype.name)
+        health.replay(read_metrics(workdir / "metrics.jsonl") if hosts.is_first() else [])
+        health.replay([{"iteration": now.done} | now.unwritten] if now.unwritten else [])
+        advance = stack.enter_context(progress("iterations", config.iterations))
+        stopwatch = stack.enter_context(Stopwatch(show=lambda part: advance(0, part)))
+        collect = make_collect(config, parts, programs, rollout, rollout_params, checkers, reward, writer, reference)
+        run = Run(
+            config, workdir, parts, programs, collect, evaluate, decode_params, reference, checkpoints, record, writer, health,
+            stopping, stopwatch, advance,
+        )  # fmt: skip
+        stack.enter_context(jax.transfer_guard("disallow"))
+        iterate(run, now, compiling)
+        checkpoints.wait(required=True)
     return finish(config, workdir)
+
+
+def iterate(run: Run, now: Progress, compiling: float) -> None:
+    """The iterations that are left, one after the other.
+
+    Args:
+        now: where the run stands.
+        compiling: seconds that it took, for the first line of metrics.
+    Raises:
+        Stop: as of `train`; saved.
+    """
+    config, parts, programs, stopwatch = run.config, run.parts, run.programs, run.stopwatch
+    saved = now
+    try:
+        run.advance(now.done)
+        if now.unwritten:
+            evaluation(run, now, now.unwritten, due=True)
+            now = now._replace(unwritten=None)
+        elif not now.done:
+            evaluation(run, now, {"time/compile_ahead": compiling}, due=True)
+        for iteration in range(now.done + 1, config.iterations + 1):
+            run.stopping.boundary()
+            with profiled(config, run.workdir, iteration), activity.doing(f"iteration {iteration}"), stopwatch("iteration"):
+                # Act 1, collect: the weights as they are answer prompts, worker processes check the answers.
+                experience, backlog, collected = run.collect(now.state.params, now.backlog, iteration, stopwatch)
+
+                # Act 2, advantages: each response against the others of its group.
+                advantages = compute_advantages(config, experience)
+
+                # Act 3, updates: several optimizer steps on shares of the groups.
+                with stopwatch("update"):
+                    # What is learned from later needs the weights that sampled it, and these are about to change.
+                    waiting = score_waiting(config, parts, programs, now.state.params, backlog.waiting)
+                    state, learned = learn(
+                        config, parts, programs, now.state, experience, advantages, iteration, run.reference, now.skipped,
+                        report=lambda rows, iteration=iteration: report_skipped(run, iteration, rows), between=run.stopping.update,
+                    )  # fmt: skip
+
+            metrics = collected | learned | update_work(config, parts, experience, advantages) | stopwatch.take() | memory_metrics()
+            metrics |= speed_metrics(config, parts, metrics)
+            for warning in run.health.warnings(iteration, metrics):
+                say(f"warning: {warning}")
+            now = Progress(iteration, state, learned["optim/skipped_in_a_row"], backlog._replace(waiting=waiting), metrics)
+
+            # Act 4, evaluation: held-out problems, every so many iterations and after the last. It ends the line of metrics.
+            last = iteration == config.iterations
+            due = last or (config.eval.every and iteration % config.eval.every == 0)
+            metrics = evaluation(run, now, metrics, due)
+            now = now._replace(unwritten=None)
+
+            # Act 5, checkpoint: from here the run can go on after a kill.
+            score = best_score(config, metrics)
+            if needs_saving(run, now, saved, score):
+                save(run.checkpoints, now, run.record, score)
+                saved = now
+            check_skipped(run, now.skipped)
+            run.advance()
+    except Stop:
+        save_early(run, now, saved)
+        raise
 
 
 def check_golds(checkers: Checkers, parts: Parts) -> None:
@@ -151,7 +214,9 @@ def compile_all(config: Config, parts: Parts, programs: Programs, sampled_with) 
     return compile_run(parts, [*update_programs(config, parts, programs), *sampling.values()])
 
 
-def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path) -> Progress:
+def find_start(
+    config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path, record: dict, stopping: Stopping
+) -> Progress:
     """Where the run goes on, by the precedence in this module's docstring."""
     restored = restore(config, parts, checkpoints)
     if restored is not None:
@@ -160,9 +225,14 @@ def find_start(config: Config, parts: Parts, checkpoints: Checkpoints, workdir: 
     if not config.sft.updates:
         return at_the_start(config, build_state(config, parts))
     say(f"supervised warm start: {config.sft.updates} updates, metrics in {workdir}/sft/metrics.jsonl")
-    start = at_the_start(config, fresh_state(parts, warm_start(config, parts, workdir).params))
-    save(checkpoints, start)
+    start = at_the_start(config, fresh_state(parts, warm_start(config, parts, workdir, stopping).params))
+    save(checkpoints, start, record)
     return start
+
+
+def next_line(now: Progress) -> int:
+    """The first iteration whose line of metrics this process will write; 0 is that of the evaluation before any update."""
+    return now.done if now.unwritten or not now.done else now.done + 1
 
 
 def find_reference(config: Config, parts: Parts, workdir: Path):
@@ -186,42 +256,98 @@ def find_reference(config: Config, parts: Parts, workdir: Path):
     return build_reference(parts, read_params(locate(workdir / "sft"), abstract_params(parts))[1])
 
 
-def evaluation(evaluate, weights, writer: MetricsWriter, iteration: int, stopwatch: Stopwatch, metrics: dict) -> None:
-    """Evaluates unless `weights` is None, and writes the iteration's line of metrics."""
-    if weights is not None:
-        with stopwatch("eval"):
-            scores, rows = evaluate(weights)
+def evaluation(run: Run, now: Progress, metrics: dict[str, Any], due: bool) -> dict[str, Any]:
+    """Evaluates if that is due, and writes the line of metrics, which it returns."""
+    if due:
+        with run.stopwatch("eval"):
+            scores, rows = run.evaluate(run.decode_params(now.state.params))
         if rows:
-            writer.write_eval(iteration, rows)
-        times = stopwatch.take()
+            run.writer.write_eval(now.done, rows)
+        times = run.stopwatch.take()
         times["time/compile"] += metrics.get("time/compile", 0.0)
         metrics = metrics | scores | times
-    writer.write(iteration, metrics)
+    run.writer.write(now.done, metrics)
+    return metrics
 
 
-def check_skipped(config: Config, skipped: int) -> int:
-    """Stops the run when too many updates in a row had no finite gradient; else returns their number.
+def best_score(config: Config, metrics: dict[str, Any]) -> float | None:
+    """By which the best checkpoints are kept; None where nothing was evaluated."""
+    default = f"eval/avg@{config.eval.samples}" if config.eval.samples else "eval/greedy"
+    return metrics.get(config.checkpoint.best_by or default)
+
+
+def needs_saving(run: Run, now: Progress, saved: Progress, score: float | None) -> bool:
+    """Whether a checkpoint is due, or the last one came to nothing, or this one would be the best.
+
+    Not while updates are being skipped: these change nothing, and weights that have gone wrong must not displace good ones.
+    """
+    every = run.config.checkpoint.every
+    if now.done == run.config.iterations:
+        return True
+    if now.skipped:
+        return False
+    if now.done % every == 0 or now.done - saved.done >= every:
+        return True
+    if any(hosts.gather(run.checkpoints.failure is not None)):
+        return True
+    best = run.checkpoints.best_score() if score is not None and run.config.checkpoint.keep_best else math.inf
+    return hosts.from_first(lambda: best is None or (score is not None and score > best))
+
+
+def report_skipped(run: Run, iteration: int, rows: list[dict]) -> None:
+    """Writes down what was in the updates that were skipped, so that somebody can look at it."""
+    path = run.workdir / "nonfinite" / f"iteration_{iteration:06d}.jsonl"
+    say(f"warning: updates of iteration {iteration} were skipped, for something in them was not finite; their sequences are in {path}")
+    if hosts.is_first():
+        write_lines(path, rows)
+
+
+def check_skipped(run: Run, skipped: int) -> None:
+    """Ends the run when too many updates in a row were skipped; the newest checkpoint is from before them.
 
     Raises:
-        ValueError: with what happened; the last checkpoint is intact.
+        ValueError: with what happened.
     """
-    if skipped >= config.optimizer.max_skipped:
+    if skipped >= run.config.optimizer.max_skipped:
         raise ValueError(
-            f"{skipped} updates in a row had a gradient that is not finite, and optimizer.max_skipped is"
-            f" {config.optimizer.max_skipped}; lower optimizer.learning_rate, or look at the last rollouts."
+            f"{skipped} updates in a row had a gradient, a loss or a log-probability that is not finite, and optimizer.max_skipped is"
+            f" {run.config.optimizer.max_skipped}; the newest checkpoint is from before them. Look at {run.workdir}/nonfinite, or lower"
+            " optimizer.learning_rate and give checkpoint.accept_changes=optimizer.learning_rate."
         )
-    return skipped
+
+
+def save_early(run: Run, now: Progress, saved: Progress) -> None:
+    """Saves where the run stands, if it is not saved yet, and says how it goes on.
+
+    Args:
+        saved: what the newest checkpoint holds.
+    """
+    reason = run.stopping.reason
+    if any(leaf.is_deleted() for leaf in jax.tree.leaves(now.state)):  # updates were under way, and they work in place
+        say(f"stopped ({reason}) amid updates that would not have ended in time: goes on after iteration {saved.done}")
+        return
+    if now is not saved:
+        save(run.checkpoints, now, run.record)
+        run.checkpoints.wait(required=True)
+    say(f"stopped ({reason}) and saved after iteration {now.done} of {run.config.iterations}; the same command goes on from there")
+
+
+def nothing_to_do(config: Config, workdir: Path, done: int) -> dict[str, float]:
+    """Of a run that was finished before."""
+    say(f"nothing to do: all {config.iterations} iterations were done before; raise iterations to go on")
+    open_writer(workdir, resume_iteration=done + 1).close()  # lines of a longer run that was killed
+    return finish(config, workdir)
 
 
 def finish(config: Config, workdir: Path) -> dict[str, float]:
     """Draws the curves, says where everything is, and returns the last line of metrics."""
-    plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=config.name)
+    hosts.from_first(lambda: plot_curves(workdir / "metrics.jsonl", workdir / "curves.png", title=config.name))
     say(f"curves       {workdir}/curves.png")
     say(f"metrics      {workdir}/metrics.jsonl  (tensorboard --logdir {workdir}/tensorboard)")
     say(f"responses    {workdir}/rollouts/  {workdir}/eval/")
     say(f"checkpoints  {workdir}/checkpoints/")
-    return read_metrics(workdir / "metrics.jsonl")[-1]
+    return hosts.from_first(lambda: read_metrics(workdir / "metrics.jsonl")[-1])
 
 
 if __name__ == "__main__":
-    run_command("dgpo_jax.train", "Trains a language model by reinforcement learning on checkable answers.", train)
+    run_command("dgpo_jax.train", "Trains a language model by reinforcement learning on checkable answers.", train, several=True)

@@ -73,7 +73,7 @@ def make_parts(scripts: Sequence[str] = ("rw",)) -> Parts:
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     shardings = Shardings(TrainState(HERE, HERE, HERE), TrainBatch(*[HERE] * len(TrainBatch._fields)), HERE)
     tokenizer = SimpleNamespace(stop_ids=(0,), pad_id=0)
-    return Parts(mesh, "", tokenizer, None, Unigram(), in_order(scripts), [], {}, {}, 0, optax.identity(), shardings)
+    return Parts(mesh, "", tokenizer, None, Unigram(), in_order(scripts), [], {}, {}, 0, {}, optax.identity(), shardings)
 
 
 def in_order(scripts: Sequence[str]) -> ProblemStream:

@@ -10,7 +10,7 @@ import pytest
 
 from dgpo_jax import flags, session
 from dgpo_jax.config import Config, NoOptions
-from dgpo_jax.flags import FLAGS, Flag, installed_backends, known_to_jaxlib, names_in, set_flags
+from dgpo_jax.flags import DETERMINISTIC, FLAGS, Flag, installed_backends, known_to_jaxlib, names_in, set_flags
 from dgpo_jax.plan import compiler_line
 
 
@@ -109,10 +109,24 @@ def test_libtpu_takes_the_tpu_flags_and_passes_over_those_it_does_not_know():
     assert start(unknown=1, skip=1).stdout == ""  # it would have ended the process
 
 
+@pytest.mark.parametrize("ours", ["", "0"])
+def test_a_deterministic_run_gets_its_flag_even_where_none_of_the_fast_ones_are_wanted(ours, monkeypatch):
+    monkeypatch.setattr("dgpo_jax.flags.known_to_jaxlib", list)
+    environment = {"DGPO_JAX_FLAGS": ours} if ours else {}
+    set_flags(["gpu", "tpu"], environment, deterministic=True)
+    flags = environment["XLA_FLAGS"].split()
+    assert "--xla_gpu_deterministic_ops=true" in flags
+    assert (len(flags) == 1) == (ours == "0")  # TPUs repeat themselves anyway
+
+
+def test_jaxlib_knows_the_deterministic_flag():
+    assert known_to_jaxlib(DETERMINISTIC["gpu"]) == list(DETERMINISTIC["gpu"])
+
+
 def test_a_command_sets_them_before_its_story_begins(monkeypatch):
     order = []
     monkeypatch.setattr(session, "parse_command", lambda *_, **__: (Config(), "workdir", NoOptions()))
-    monkeypatch.setattr(session, "set_flags", lambda: order.append("flags"))
+    monkeypatch.setattr(session, "set_flags", lambda deterministic: order.append("flags"))
     monkeypatch.setattr(session, "use_compilation_cache", lambda: order.append("cache"))  # a setting of the whole process
     session.run_command("program", "", lambda config, workdir: order.append("story"))
     assert order == ["flags", "cache", "story"]

@@ -13,16 +13,16 @@ PACKAGE = Path(__file__).parent.parent / "dgpo_jax"
 # nobody imports.
 FLOORS = [
     {"", "types", "config"},
-    {"sharding", "quantization", "manifest", "processes", "files", "flags", "hardware"},
+    {"sharding", "quantization", "manifest", "processes", "files", "flags", "hardware", "activity", "watchdog", "hosts", "stopping"},
     {"models", "checkpoint", "ahead", "metrics", "plots", "comparison", "comparison_plots"},
     {"rl", "rewards", "data"},
-    {"recipe", "build", "rollout", "rewarding", "supervised", "learning", "collecting", "restart", "plan", "session", "methods", "comparison_plan", "compiling", "profiling", "speed", "memory"},
+    {"recipe", "build", "rollout", "rewarding", "supervised", "learning", "collecting", "restart", "plan", "session", "methods", "comparison_plan", "compiling", "profiling", "speed", "memory", "workdir", "health"},
     {"evaluation", "preparation", "costs"},
 ]
 STORIES = len(FLOORS)
 
 # Worker processes start in tens of milliseconds and hold no device: neither these nor what they import know of JAX.
-HOST = {"", "types", "config", "manifest", "files", "flags", "hardware", "costs.hlo", "costs.hlo_costs", "costs.hlo_flops", "costs.hlo_kernels", "costs.hlo_memory", "metrics", "plots", "comparison", "comparison_plots", "processes", "rewards", "data", "rl.advantages", "rl.aggregation", "rl.desk", "rl.experience", "rl.kl", "rl.packing", "evaluation.estimators", "evaluation.judging", "evaluation.generations", "evaluation.report", "evaluation.differences"}
+HOST = {"", "types", "config", "manifest", "files", "activity", "watchdog", "health", "rl.suspects", "flags", "hardware", "costs.hlo", "costs.hlo_costs", "costs.hlo_flops", "costs.hlo_kernels", "costs.hlo_memory", "metrics", "plots", "comparison", "comparison_plots", "processes", "rewards", "data", "rl.advantages", "rl.aggregation", "rl.desk", "rl.experience", "rl.kl", "rl.packing", "evaluation.estimators", "evaluation.judging", "evaluation.generations", "evaluation.report", "evaluation.differences"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 # rl/ is handed a model as functions, rewards as numbers; its formulas take arrays and numbers, never a config.

@@ -44,12 +44,14 @@ def test_a_run_begins_with_nothing_done_and_nothing_waiting():
     np.testing.assert_equal(start.backlog, nothing_drawn(CONFIG))
 
 
+@pytest.mark.parametrize("unwritten", [None, {"reward/mean": 0.1 + 0.2, "gap/max": float("nan"), "policy/ratio_histogram": [0.0, 1.0]}])
 @pytest.mark.parametrize("waits", [False, True])
-def test_what_is_saved_comes_back(waits, parts, tmp_path):
+def test_what_is_saved_comes_back(waits, unwritten, parts, tmp_path):
     state, waiting = build.build_state(CONFIG, parts), two_groups() if waits else nothing_drawn(CONFIG).waiting
-    progress = Progress(done=4, state=state, skipped=3, backlog=Backlog(40, waiting))
+    progress = Progress(done=4, state=state, skipped=3, backlog=Backlog(40, waiting), unwritten=unwritten)
+    record = {"settings": {"seed": 1}}
     with Checkpoints(tmp_path) as checkpoints:
-        save(checkpoints, progress)
+        save(checkpoints, progress, record)
         checkpoints.wait()
         restored = restore(CONFIG, parts, checkpoints)
     np.testing.assert_equal(to_host(restored.state), to_host(state))
@@ -57,7 +59,9 @@ def test_what_is_saved_comes_back(waits, parts, tmp_path):
     np.testing.assert_equal(restored.backlog, progress.backlog)
     for ours, expected in zip(jax.tree.leaves(restored.backlog.waiting), jax.tree.leaves(waiting), strict=True):
         assert ours.dtype == expected.dtype and ours.shape == expected.shape
-    assert peek(tmp_path) == (4, {"skipped_in_a_row": 3, "position": 40})
+    np.testing.assert_equal(restored.unwritten, unwritten)
+    iteration, extra = peek(tmp_path)
+    assert (iteration, extra["position"], extra["run"]) == (4, 40, record)
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(parts, tmp_path):

@@ -40,8 +40,9 @@ def test_the_loss_is_the_mean_over_all_solution_tokens_of_the_minibatch():
     parts, batches = build_parts(config), []
     stream = solved_problems(config, parts)
     programs = Programs(
-        score=None, complete=None, zero=lambda params: ([], None), apply=lambda state, gradients, rate: (state, None),
-        accumulate=lambda params, carry, batch: batches.append(to_host(batch)) or carry,
+        score=None, complete=None, zero=lambda params: ([], None), norm=lambda gradients: None,
+        accumulate=lambda params, carry, batch: (batches.append(to_host(batch)) or carry[0], carry[1], None),
+        apply=lambda state, gradients, totals, rate: (state, None),
     )  # fmt: skip
     state = type("State", (), {"params": None})
     for update in (0, 1):

@@ -3,16 +3,17 @@
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from dgpo_jax.build import Parts
+from dgpo_jax.build import Parts, local_actor
 from dgpo_jax.config import Config
 from dgpo_jax.data.benchmarks import HELD_OUT
 from dgpo_jax.evaluation.judging import GREEDY, Answered, figures, share
 from dgpo_jax.evaluation.sampling import answer_set, make_rounds
 from dgpo_jax.rewarding import graded
+from dgpo_jax.stopping import Stopping
 from dgpo_jax.types import Verdict
 
 
-def make_evaluation(config: Config, parts: Parts, checkers) -> Callable[..., tuple[dict, list[dict]]]:
+def make_evaluation(config: Config, parts: Parts, checkers, stopping: Stopping | None = None) -> Callable[..., tuple[dict, list[dict]]]:
     """Returns the function decode params -> (metrics, rows of responses).
 
     Metrics, with k = eval.samples: `eval/greedy`, `eval/avg@k`, `eval/pass@k` and (of mathematics) `eval/maj@k` of the
@@ -24,10 +25,11 @@ def make_evaluation(config: Config, parts: Parts, checkers) -> Callable[..., tup
 
     Args:
         checkers: a `rewards.checkers.Checkers` for the problems of all sets.
+        stopping: as in `rollout.make_rollout`.
     """
     sets = {HELD_OUT: parts.held_out} | parts.benchmarks
     sets = {name: problems for name, problems in sets.items() if len(problems)}
-    rounds = make_rounds(config, parts, max(map(len, sets.values()), default=1))
+    rounds = make_rounds(config, local_actor(parts), max(map(len, sets.values()), default=1), stopping)
     grade = partial(graded, config)
 
     def evaluate(params):

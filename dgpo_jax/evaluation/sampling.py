@@ -14,12 +14,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from dgpo_jax.build import Actor, Parts
+from dgpo_jax import hosts
+from dgpo_jax.build import Actor
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation.generations import Generations
 from dgpo_jax.evaluation.judging import GREEDY, SAMPLES, Answered, Judged, judge
 from dgpo_jax.rl.drawing import EVALUATION, Draw, Sampling
 from dgpo_jax.rollout import Responses, make_rollout
+from dgpo_jax.stopping import Stopping
 from dgpo_jax.types import Problem
 
 
@@ -39,21 +41,24 @@ class Sample(NamedTuple):
     truncated: bool
 
 
-def make_rounds(config: Config, actor: Actor | Parts, largest: int) -> dict[str, Round]:
+def make_rounds(config: Config, actor: Actor, largest: int, stopping: Stopping | None = None) -> dict[str, Round]:
     """What `config.eval` asks for: GREEDY, a response at temperature 0; SAMPLES, eval.samples of them; or both.
 
     Args:
         largest: problems of the largest set.
+        stopping: as in `rollout.make_rollout`.
     """
     rounds = {}
     if config.eval.greedy:
-        rounds[GREEDY] = make_round(config, actor, largest, samples=1, temperature=0.0)
+        rounds[GREEDY] = make_round(config, actor, largest, samples=1, temperature=0.0, stopping=stopping)
     if config.eval.samples:
-        rounds[SAMPLES] = make_round(config, actor, largest, config.eval.samples, config.eval.temperature)
+        rounds[SAMPLES] = make_round(config, actor, largest, config.eval.samples, config.eval.temperature, stopping)
     return rounds
 
 
-def make_round(config: Config, actor: Actor | Parts, largest: int, samples: int, temperature: float) -> Round:
+def make_round(
+    config: Config, actor: Actor, largest: int, samples: int, temperature: float, stopping: Stopping | None = None
+) -> Round:
     """A round of so many responses to each problem; 0 is the greedy temperature."""
     at_once = config.eval.responses or config.rollout.prompts * config.rollout.group_size
     problems, slots = batch_of(at_once, samples, largest)
@@ -61,7 +66,7 @@ def make_round(config: Config, actor: Actor | Parts, largest: int, samples: int,
     sampling = Sampling(
         samples, tokens, tokenizer.stop_ids, tokenizer.pad_id, temperature, config.eval.top_p, config.rollout.top_k
     )
-    return Round(samples, problems, make_rollout(actor, sampling, config.rollout.max_prompt, slots))
+    return Round(samples, problems, make_rollout(actor, sampling, config.rollout.max_prompt, slots, stopping=stopping))
 
 
 def batch_of(at_once: int, samples: int, largest: int) -> tuple[int, int]:
@@ -134,8 +139,8 @@ def answer(
 
 
 def sample_batch(way: Round, params, problems: Sequence[Problem], draw: Draw) -> list[list[Sample]]:
-    """The n responses to each of up to Q problems."""
-    rows = to_samples(way.rollout(params, problems, draw))
+    """The n responses to each of up to Q problems; of several processes each has sampled its share, and gets all."""
+    rows = [sample for share in hosts.gather(to_samples(way.rollout(params, problems, draw))) for sample in share]
     return [rows[start : start + way.samples] for start in range(0, len(rows), way.samples)]
 
 

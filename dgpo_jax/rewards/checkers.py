@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
 
+from dgpo_jax import activity
 from dgpo_jax.rewards.code_tests import parse_tests
 from dgpo_jax.rewards.pool import VerifierPool
 from dgpo_jax.types import CHECKERS, Problem, Verdict
@@ -68,7 +69,12 @@ class Checkers:
 
     def gather(self, tickets: Sequence[Future]) -> list[Verdict]:
         """Waits for tickets; returns their Verdicts in the same order."""
-        return [ticket.result() for ticket in tickets]
+        verdicts = []
+        with activity.doing("checking answers", lambda: f"{sum(not ticket.done() for ticket in tickets)} of {len(tickets)} outstanding"):
+            for ticket in tickets:
+                verdicts.append(ticket.result())
+                activity.beat()
+        return verdicts
 
     def score(self, pairs: Iterable[tuple[Problem, str]]) -> list[Verdict]:
         """Judges (problem, response) pairs; returns their Verdicts in order."""

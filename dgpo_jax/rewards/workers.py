@@ -3,7 +3,8 @@
     with Workers("dgpo_jax.rewards.worker", count=2, deadline_s=2.0, memory_mb=2048, is_reply=STATUSES.__contains__) as workers:
         ticket = workers.submit(["1/2", "0.5"], read=lambda reply: reply)     # a Future
 
-A worker is `python -m MODULE MEMORY_MB PARENT_PID`: one JSON line in, one JSON line out, "ready" first (see `serve`).
+A worker is `python -m MODULE MEMORY_MB PARENT_PID`: one JSON line [number, request] in, one [number, reply] out, "ready" first
+(see `serve`). By its number a line that comes late, or twice, is never taken for the reply to the next request.
 Not multiprocessing: its workers would import the main module and JAX with it, or fork a process that has threads.
 """
 
@@ -26,6 +27,7 @@ from dgpo_jax.processes import die_with
 
 START_DEADLINE_S = 120.0  # for a worker to say "ready", libraries from a cold disk included; not counted against any request
 READY, LATE, DIED = "ready", "timed_out", "crashed"  # the last two are replies that `submit` makes up
+REPLY_CAP = 2**16  # bytes; a worker that goes on without a line end is replaced, before it fills the memory of the trainer
 _CLOSE_JOIN_S = 10.0
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -80,7 +82,7 @@ class Workers:
         ticket.set_running_or_notify_cancel()
         with self._lock:  # so that nothing is queued after close() has emptied the queue, to wait for ever
             self.require_open()
-            self._queue.put((ticket, json.dumps(request).encode() + b"\n", read))
+            self._queue.put((ticket, json.dumps(request).encode(), read))
         return ticket
 
     def require_open(self) -> None:
@@ -140,6 +142,7 @@ class _Feeder(threading.Thread):
         self.deadline_s = deadline_s
         self.is_reply = is_reply
         self.process = None
+        self.asked = 0  # requests so far, also the number of the newest
         self.stopping = False
         self.started = threading.Event()  # set once the first process is ready, or failed to start
         self.lock = threading.Lock()  # over `process` and `stopping`
@@ -170,15 +173,20 @@ class _Feeder(threading.Thread):
         for _ in range(2):
             self._ensure_process()
             end = time.monotonic() + self.deadline_s
+            self.asked += 1
             try:
-                self._write(request, end)
-                return self._read_line(end, self.is_reply)
+                self._write(b"[%d, %b]\n" % (self.asked, request), end)
+                _, reply = self._read_line(end, self._is_due)
+                return reply
             except _LateError:
                 self._discard()
                 return LATE
             except (_WorkerDiedError, BrokenPipeError):
                 self._discard()
         return DIED
+
+    def _is_due(self, said):
+        return isinstance(said, list) and len(said) == 2 and said[0] == self.asked and self.is_reply(said[1])
 
     def _ensure_process(self):
         if self.process is not None:
@@ -219,12 +227,12 @@ class _Feeder(threading.Thread):
                 if not selector.select(max(0.0, end - time.monotonic())):
                     raise _LateError
                 chunk = os.read(self.process.stdout.fileno(), 4096)
-                if not chunk:
-                    raise _WorkerDiedError
                 received += chunk
+                if not chunk or len(received) > REPLY_CAP:
+                    raise _WorkerDiedError
         try:
             reply = json.loads(received)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _WorkerDiedError from None
         if not expected(reply):  # something else was printed: what it says next cannot be trusted
             raise _WorkerDiedError
@@ -255,7 +263,8 @@ def serve(answer: Callable[..., object], memory_mb: int, parent: int, warm_up: C
     warm_up()
     _reply(replies, READY)
     for line in sys.stdin:
-        _reply(replies, attempt(answer, json.loads(line)))
+        number, arguments = json.loads(line)
+        _reply(replies, [number, attempt(answer, arguments)])
 
 
 def attempt(answer: Callable[..., object], arguments: list) -> object:

@@ -9,7 +9,7 @@ the slowest in each microbatch.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -196,11 +196,18 @@ def pack(examples: Sequence[Example], *, rows: int, tokens_per_row: int, pad_id:
     return list(fill(examples, lay_out(examples, Shape(rows, tokens_per_row)), pad_id=pad_id))
 
 
-def fill(examples: Sequence[Example], layout: Layout, *, pad_id: int = 0) -> Iterator[TrainBatch]:
-    """The microbatches of a layout, each made when it is asked for: the devices work on one while the next is filled."""
+def fill(
+    examples: Sequence[Example], layout: Layout, *, pad_id: int = 0, rows: Container[int] | None = None
+) -> Iterator[TrainBatch]:
+    """The microbatches of a layout, each made when it is asked for: the devices work on one while the next is filled.
+
+    Args:
+        rows: of a microbatch, those to fill; the others stay padding. None = all.
+    """
     members: list[list[int]] = [[] for _ in range(layout.batches)]
     for index, place in enumerate(layout.places):
-        members[place.batch].append(index)
+        if rows is None or place.row in rows:
+            members[place.batch].append(index)
     for indices in members:
         batch = empty_batch(layout.shape.rows, layout.shape.tokens_per_row, pad_id)
         for index in indices:

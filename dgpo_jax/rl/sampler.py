@@ -90,7 +90,10 @@ class Sampler:
             *(Program(f"decode {rows}", "rollout", function, (params, placed.slots, target)) for rows, function in self._decode.items()),
         ]
 
-    def __call__(self, params, prompts: Prompts, draw: Draw, on_finished: Callable[[int, np.ndarray], object] | None = None) -> Sampled:
+    def __call__(
+        self, params, prompts: Prompts, draw: Draw, on_finished: Callable[[int, np.ndarray], object] | None = None,
+        on_chunk: Callable[[], object] = lambda: None,
+    ) -> Sampled:  # fmt: skip
         """Samples G responses to each of the prompts.
 
         Args:
@@ -98,6 +101,7 @@ class Sampler:
             prompts: Q of them on the host; any number.
             draw: ints.
             on_finished: called with (response number, its tokens) as soon as one has ended, while others are sampled.
+            on_chunk: called before each chunk of tokens; what it raises ends the sampling.
         """
         size = self.sampling.group_size
         desk = Desk(len(prompts.tokens), size, self.replicas, self.rows, self.held)
@@ -117,6 +121,7 @@ class Sampler:
             if not desk.waiting:
                 rows, moves = self._shrink(desk, rows)
                 slots = self._move(slots, self._put(moves)) if moves else slots
+            on_chunk()
             slots, chunk = self._decode[rows](params, slots, to_device(self._target(desk, rows), self.placement.whole))
             chunk = to_host(chunk)
             row_steps += rows * int(chunk.steps.sum())

@@ -1,0 +1,205 @@
+"""Several processes that train one model: how they join, what each does alone, how they agree.
+
+Every process runs the same program on its own devices. Weights, updates and checkpoints span all of them. Each answers
+its own share of the prompts and checks its own answers, at its own pace; then `gather` gives everyone all of them, so that
+what follows, advantages to packing plan, is computed by each for itself and comes out the same. Process 0 owns the files
+that are not checkpoints.
+
+One process alone is the same program: everything here then returns its argument.
+"""
+
+import contextlib
+import os
+import pickle
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NoReturn
+
+import jax
+import numpy as np
+from jax._src import distributed  # its client has no public name; Orbax takes it from here too
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dgpo_jax import activity
+from dgpo_jax.config import HostsConfig
+from dgpo_jax.sharding import MESH_AXES
+
+# What `dgpo_jax.launch` tells the processes that it starts; JAX_COORDINATOR_ADDRESS is JAX's own name.
+ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "DGPO_JAX_PROCESSES", "DGPO_JAX_PROCESS"
+FAREWELL_S = 3.0  # that a process which found an error waits for others which may have found the same
+_SMALLEST_MESSAGE = 2**16  # bytes; messages are padded to a power of two, so that few programs are compiled
+
+
+class RefusedElsewhereError(ValueError):
+    """What process 0 refused, on the others."""
+
+
+def launched() -> bool:
+    """Whether `dgpo_jax.launch` started this process."""
+    return COUNT in os.environ
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Of the processes of `dgpo_jax.launch` only the first is heard inside: all read the same command line."""
+    if os.environ.get(INDEX, "0") == "0":
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+        yield
+
+
+def join(settings: HostsConfig) -> None:
+    """Joins the other processes, if there are to be any. Before anything else asks JAX for a device.
+
+    Raises:
+        ValueError: they cannot be found, or did not come in time.
+    """
+    if not launched() and settings.cluster == "none":
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read by CPUs only
+    given = {}
+    if launched():
+        given = dict(
+            coordinator_address=os.environ.get(ADDRESS), num_processes=int(os.environ[COUNT]), process_id=int(os.environ[INDEX]),
+            cluster_detection_method="deactivate",
+        )  # fmt: skip
+    try:
+        jax.distributed.initialize(
+            **given, initialization_timeout=settings.start_s, heartbeat_timeout_seconds=settings.heartbeat_s,
+            shutdown_timeout_seconds=max(settings.heartbeat_s, 60),
+        )  # fmt: skip
+    except (RuntimeError, ValueError, OSError) as error:
+        where = f"{given['coordinator_address']}, process {given['process_id']} of {given['num_processes']}" if given else "hosts.cluster=auto"
+        raise ValueError(
+            f"the processes of this run did not find each other ({where}, {settings.start_s} s): {str(error).splitlines()[0]};"
+            " start all of them at once, with python -m dgpo_jax.launch or under a TPU pod, Slurm, Kubernetes or Open MPI."
+        ) from error
+
+
+def count() -> int:
+    """Processes of this run."""
+    return jax.process_count()
+
+
+def is_first() -> bool:
+    """Whether this is process 0, which writes metrics and talks."""
+    return jax.process_index() == 0
+
+
+def name() -> str:
+    """Such as 'process 1 of 4 on tpu-vm-1'; '' where there is one only."""
+    return f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}" if count() > 1 else ""
+
+
+def share_of(number: int) -> slice:
+    """Which of so many things, in order, are this process's."""
+    here, all_of_them = jax.process_index(), jax.process_count()
+    return slice(number * here // all_of_them, number * (here + 1) // all_of_them)
+
+
+def gather(value: Any) -> list[Any]:
+    """What each process passed, in their order, on every process. Anything that pickle takes, numpy arrays above all.
+
+    Every process must call it, in the same order among other collective calls.
+    """
+    if count() == 1:
+        return [value]
+    with activity.doing("waiting for the other processes"):
+        return _all_gather(value)
+
+
+def _all_gather(value: Any) -> list[Any]:
+    message = np.frombuffer(pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL), np.uint8)
+    with jax.transfer_guard("allow"):  # process_allgather puts numpy arrays on the devices by itself
+        sizes = multihost_utils.process_allgather(np.int32(message.size))
+        padded = np.zeros(max(_SMALLEST_MESSAGE, 1 << int(sizes.max() - 1).bit_length()), np.uint8)
+        padded[: message.size] = message
+        messages = multihost_utils.process_allgather(padded)
+    return [pickle.loads(row[:size].tobytes()) for row, size in zip(messages, sizes, strict=True)]
+
+
+def from_first(function: Callable[[], Any]) -> Any:
+    """Has process 0 alone call the function; all return what it returned, or raise the ValueError or OSError that it raised."""
+    if count() == 1:
+        return function()
+    result, error = None, None
+    if is_first():
+        try:
+            result = function()
+        except (ValueError, OSError) as raised:
+            error = str(raised)
+    result, error = gather((result, error))[0]
+    if error is not None:
+        raise ValueError(error) if is_first() else RefusedElsewhereError(error)
+    return result
+
+
+def local_mesh(mesh: Mesh) -> Mesh:
+    """This process's devices, as a mesh for decoding: replicas of its own along `data`, `tensor` as in the mesh.
+
+    Raises:
+        ValueError: the devices of a replica are not all of one process.
+    """
+    if count() == 1:
+        return mesh
+    replicas = mesh.devices.reshape(-1, mesh.shape["tensor"])
+    here = [all(device.process_index == jax.process_index() for device in replica) for replica in replicas]
+    if sum(here) * replicas.shape[1] != jax.local_device_count():
+        raise ValueError(
+            f"mesh.tensor is {mesh.shape['tensor']}, and devices of different processes would share a replica, which each process"
+            f" samples with; it has {jax.local_device_count()} devices: make mesh.tensor a divisor of that."
+        )
+    return Mesh(replicas[here].reshape(-1, 1, 1, mesh.shape["tensor"]), MESH_AXES, axis_types=mesh.axis_types)
+
+
+def localise(tree: Any, shardings: Any) -> Any:
+    """Arrays that every replica has whole, as arrays of this process's devices alone; nothing is copied.
+
+    Args:
+        shardings: of the results, over `local_mesh`; a tree like the first.
+    """
+    if count() == 1:
+        return tree
+
+    def here(array, sharding):
+        parts = {shard.device: shard.data for shard in array.addressable_shards}
+        return jax.make_array_from_single_device_arrays(array.shape, sharding, [parts[device] for device in sharding.mesh.devices.flat])
+
+    return jax.tree.map(here, tree, shardings)
+
+
+def says_it(error: Exception) -> bool:
+    """Whether this process is the one to tell of an error that ends it: process 0 speaks for those that found the same.
+
+    Bad input is bad for all of them, and one message is read where sixty-four are not. Who found another error speaks for itself.
+    """
+    if count() == 1:
+        return True
+    if isinstance(error, RefusedElsewhereError):
+        return False
+    client, key = distributed.global_state.client, "dgpo_jax/error"
+    try:
+        if is_first():
+            client.key_value_set(key, str(error), allow_overwrite=True)
+            return True
+        return client.blocking_key_value_get(key, int(FAREWELL_S * 1000)) != str(error)
+    except RuntimeError:  # process 0 has found none, or is gone
+        return True
+
+
+def leave(code: int) -> NoReturn:
+    """Ends this process. With others, without the farewell in which JAX waits for them: they may wait for us.
+
+    Process 0 waits a moment for those that leave too: without it JAX aborts them, with a page of its own about a lost leader.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if count() > 1:
+        if is_first():
+            time.sleep(FAREWELL_S)
+        os._exit(code)
+    raise SystemExit(code)

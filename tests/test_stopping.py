@@ -1,0 +1,140 @@
+"""Ending a run early: what is finished, what is dropped, and when. Several processes: tests/test_hosts.py."""
+
+import os
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dgpo_jax import stopping
+from dgpo_jax.stopping import STOPPED_EARLY, Stop, Stopping
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr(stopping, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def goes(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    return Clock(monkeypatch)
+
+
+def an_iteration(stops, clock, seconds):
+    """Asks as an iteration does that takes so long."""
+    stops.boundary()
+    for ask in (stops.chunk, stops.drawn, stops.update):
+        clock.goes(seconds / 3)
+        ask()
+
+
+def test_nobody_is_stopped_without_a_reason(clock):
+    with Stopping(grace_seconds=30) as stops:
+        for _ in range(3):
+            an_iteration(stops, clock, 60)
+        stops.boundary()
+        assert stops.reason == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_two_iterations_ends_the_run_there(number, clock, capsys):
+    with Stopping(grace_seconds=30) as stops:
+        an_iteration(stops, clock, 60)
+        os.kill(os.getpid(), number)
+        with pytest.raises(Stop):
+            stops.boundary()
+        assert stops.reason == signal.Signals(number).name
+    assert "saves and stops" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "seconds, passed, finished",
+    [
+        (20, 10, True),  # 10 s are left of it, and half of 30 s may be spent
+        (20, 4, False),  # 16 s are left
+        (60, 50, True),
+        (60, 0, False),
+    ],
+)
+def test_an_iteration_is_finished_if_the_rest_fits_into_half_of_the_grace_period(seconds, passed, finished, clock):
+    with Stopping(grace_seconds=30) as stops:
+        an_iteration(stops, clock, seconds)
+        stops.boundary()
+        clock.goes(passed)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if not finished:
+            with pytest.raises(Stop):
+                stops.chunk()
+            return
+        for ask in (stops.chunk, stops.drawn, stops.update):
+            ask()
+        with pytest.raises(Stop):
+            stops.boundary()
+
+
+def test_the_first_iteration_is_dropped_since_nobody_knows_how_long_it_takes(clock):
+    with Stopping(grace_seconds=3600) as stops:
+        stops.boundary()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stop):
+            stops.update()
+
+
+@pytest.mark.parametrize(
+    "limit, begun",
+    [
+        (181, 3),  # iterations of 60 s: the fourth would end at 240
+        (179, 2),  # the third would end at 180
+        (10, 1),  # how long the first takes is not known before
+    ],
+)
+def test_no_iteration_begins_that_would_go_beyond_the_time_limit(limit, begun, clock):
+    count = 0
+    with Stopping(limit_seconds=limit) as stops, pytest.raises(Stop):
+        while True:
+            an_iteration(stops, clock, 60)
+            count += 1
+    assert count == begun
+    assert "stop_after_minutes" in stops.reason
+
+
+def test_a_second_interrupt_leaves_at_once(clock):
+    with Stopping(grace_seconds=30) as stops:
+        stops.boundary()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_handlers_before_are_there_again_afterwards():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with Stopping():
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_the_watchdog_may_ask_from_another_thread(clock):
+    with Stopping() as stops:
+        stops.boundary()
+        stops.request("nothing has moved for 900 s")
+        with pytest.raises(Stop):
+            stops.chunk()
+        assert stops.reason == "nothing has moved for 900 s"
+
+
+def test_a_process_that_only_compiles_has_nothing_to_lose_and_goes_at_once():
+    program = (
+        "import os, signal\nfrom dgpo_jax.stopping import Stopping\n"
+        "with Stopping(grace_seconds=30):\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert result.returncode == STOPPED_EARLY
+    assert "still here" not in result.stdout and "before anything had begun" in result.stderr

@@ -34,7 +34,7 @@ from dgpo_jax.rewards.checkers import Checkers, CodeSettings, MathSettings
 from dgpo_jax.rl.correction import Correction
 from dgpo_jax.rl.optimizer import make_optimizer
 from dgpo_jax.rl.update import LossSettings, Programs, Shardings, make_programs
-from dgpo_jax.sharding import DECODE_RULES, abstract, make_mesh, sharding_for
+from dgpo_jax.sharding import DECODE_RULES, abstract, in_order, make_mesh, sharding_for
 from dgpo_jax.types import Problem, TrainBatch, TrainState
 
 
@@ -279,7 +279,7 @@ def make_decode_params(parts: Actor | Parts, int8: bool = False) -> DecodeParams
     def shardings(mesh: Mesh):
         return (quantised_shardings if int8 else parameter_shardings)(model.config, mesh, DECODE_RULES)
 
-    program = jax.jit(quantised if int8 else model.cast, out_shardings=shardings(parts.mesh))
+    program = in_order(jax.jit(quantised if int8 else model.cast, out_shardings=shardings(parts.mesh)))
     return DecodeParams(program, shardings(hosts.local_mesh(parts.mesh)))
 
 

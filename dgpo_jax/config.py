@@ -10,6 +10,7 @@ the devices (does the mesh fit?) or the weights (do the tensors fit?) are checke
 same kind of message: the value, the rule, the fix.
 """
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -606,6 +607,22 @@ def parse_command(
     if path is None and not {"-h", "--help"} & set(rest):
         _refuse(f"no --config given; try: python -m {program} --config=configs/smoke.py")
 
+    command_type = _command_type(options)
+    command = tyro.cli(
+        command_type,
+        args=rest,
+        default=command_type(options(), _run_config_file(path) if path else Config()),
+        prog=f"python -m {program} --config=FILE",
+        description=description,
+    )
+    return command.config, Path(command.workdir) if command.workdir else None, command.options
+
+
+@functools.cache  # tyro reads the comments of a new class from this whole file
+def _command_type(options: type) -> type:
+    """What a command line with these options is parsed into."""
+    import tyro
+
     all_settings = tyro.conf.FlagConversionOff[Config]  # a bool takes a value: --config.eval.greedy=False
     flags = tyro.conf.OmitArgPrefixes[options]
 
@@ -615,14 +632,7 @@ def parse_command(
         config: all_settings
         workdir: str = ""  # where everything is written; '' = a folder named after the config and its settings, found again by the same ones
 
-    command = tyro.cli(
-        Command,
-        args=rest,
-        default=Command(options(), _run_config_file(path) if path else Config()),
-        prog=f"python -m {program} --config=FILE",
-        description=description,
-    )
-    return command.config, Path(command.workdir) if command.workdir else None, command.options
+    return Command
 
 
 def _split_config_path(arguments: list[str]) -> tuple[str | None, list[str]]:

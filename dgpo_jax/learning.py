@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from dgpo_jax.build import Parts
@@ -52,6 +53,8 @@ def learn(
     rate = to_device(np.float32(learning_rate(config.optimizer, iteration - 1)), parts.shardings.scalar)
     results, marks = [], []
     for batches in minibatches:
+        if len(results) > 1:  # no more than one update ahead of the device: `between` is asked while there is something to drop
+            jax.block_until_ready(results[-2][1])
         between()
         state, totals, figures, marked = take_marked_update(programs, state, batches, rate)
         results.append((totals, figures))

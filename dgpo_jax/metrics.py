@@ -64,6 +64,8 @@ class MetricsWriter:
         workdir: created if need be.
         resume_iteration: the first iteration that this process will run: what is recorded from there on is dropped.
             None keeps all there is.
+        sampled: of the iterations before this number, keep the responses learned from, even where the line is written again; None =
+            `resume_iteration`. Of an iteration whose evaluation alone is done again.
         console: print a line per iteration.
         console_columns: what is in that line.
         unit: what a line is about; the name of its number. "update" for a warm start.
@@ -76,6 +78,7 @@ class MetricsWriter:
         console: bool = True,
         console_columns: tuple[Column, ...] = CONSOLE_COLUMNS,
         unit: str = "iteration",
+        sampled: int | None = None,
     ):
         self.unit = unit
         self.workdir = Path(workdir)
@@ -83,7 +86,7 @@ class MetricsWriter:
         self.path = self.workdir / "metrics.jsonl"
         self._console = ConsoleTable(console_columns, unit) if console else None
         self._file = self._tensorboard = None
-        self.rewind(math.inf if resume_iteration is None else resume_iteration)
+        self.rewind(math.inf if resume_iteration is None else resume_iteration, sampled)
 
     def __enter__(self):
         return self
@@ -91,15 +94,20 @@ class MetricsWriter:
     def __exit__(self, *exception):
         self.close()
 
-    def rewind(self, iteration: float) -> None:
-        """Drops every line, point and text of iterations >= `iteration`, and a last line that was torn by a kill."""
+    def rewind(self, iteration: float, sampled: float | None = None) -> None:
+        """Drops every line, point and text of iterations >= `iteration`, and a last line that was torn by a kill.
+
+        Args:
+            sampled: responses learned from are dropped from this iteration on; None = as everything else.
+        """
         self.close()
         rows = [row for row in read_metrics(self.path, self.unit) if row[self.unit] < iteration] if self.path.exists() else []
         write_lines(self.path, rows)
-        for path in [*self.workdir.glob("rollouts/*"), *self.workdir.glob("eval/*"), *self.workdir.glob("nonfinite/*")]:
-            match = TEXTS.fullmatch(path.name)
-            if match and int(match[1]) >= iteration:
-                path.unlink()
+        for folder, first in (("rollouts", sampled), ("nonfinite", sampled), ("eval", None)):
+            for path in self.workdir.glob(f"{folder}/*"):
+                match = TEXTS.fullmatch(path.name)
+                if match and int(match[1]) >= (iteration if first is None else first):
+                    path.unlink()
         self._last = rows[-1][self.unit] if rows else -1
         self._file = open(self.path, "ab")  # noqa: SIM115 (closed in close)
         self._tensorboard = _rewrite_tensorboard(self.workdir / "tensorboard", rows, self.unit)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from dgpo_jax import activity
 from dgpo_jax.build import Parts, abstract_state
 from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.collecting import Backlog, nothing_drawn
@@ -48,7 +49,8 @@ def restore(config: Config, parts: Parts, checkpoints: Checkpoints) -> Progress 
     Raises:
         ValueError: it has other arrays than this run.
     """
-    restored = checkpoints.restore(abstract_state(parts))
+    with activity.doing("reading the checkpoint"):
+        restored = checkpoints.restore(abstract_state(parts))
     if restored is None:
         return None
     done, state, extra, arrays = restored

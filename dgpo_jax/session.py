@@ -18,7 +18,7 @@ from dgpo_jax.flags import set_flags
 from dgpo_jax.metrics import MetricsWriter, NoMetrics
 from dgpo_jax.stopping import STOPPED_EARLY, Stop, Stopping
 from dgpo_jax.types import Problem
-from dgpo_jax.watchdog import Watchdog
+from dgpo_jax.watchdog import NOTHING_MOVED, Watchdog
 
 CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
 
@@ -29,7 +29,7 @@ def run_command(
     """Runs a story as a command: bad input is one line and exit code 1, never a traceback.
 
     DGPO_JAX_TRACEBACK=1 shows the traceback all the same. Other exit codes: 2 for a bad command line, STOPPED_EARLY,
-    watchdog.NOTHING_MOVED, 130 for a second Ctrl-C.
+    NOTHING_MOVED where another process was lost or the watchdog ended it, 130 for a second Ctrl-C.
 
     Args:
         story: called as story(config, workdir), the workdir found by the settings if none was given; with `options`
@@ -37,7 +37,8 @@ def run_command(
         options: see `config.parse_command`.
         several: whether the story can be told by several processes.
     """
-    config, workdir, chosen = parse_command(sys.argv[1:], program=program, description=description, options=options)
+    with hosts.one_voice():
+        config, workdir, chosen = parse_command(sys.argv[1:], program=program, description=description, options=options)
     set_flags(deterministic=config.deterministic)  # before anything starts JAX's backend, which reads them once
     use_compilation_cache()
     try:
@@ -55,7 +56,7 @@ def run_command(
         if os.environ.get("DGPO_JAX_TRACEBACK"):
             raise
         report(error)
-        hosts.leave(1)
+        hosts.leave(NOTHING_MOVED if hosts.lost_a_process(error) else 1)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is on the disk", file=sys.stderr)
         hosts.leave(130)
@@ -63,8 +64,8 @@ def run_command(
 
 def report(error: Exception) -> None:
     """One line on stderr, from whom it is about."""
-    if isinstance(error, hosts.RefusedElsewhereError):
-        return  # process 0 says it
+    if not hosts.says_it(error):
+        return
     who = f"{hosts.name()}: " if hosts.count() > 1 else ""
     print(f"{who}error: {error}", file=sys.stderr)
     if isinstance(error, RuntimeError):  # not about the input: somebody may have to look at the code

@@ -183,6 +183,25 @@ def abstract(tree, shardings):
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
 
 
+class InOrder:
+    """A jitted function that returns when its results are there."""
+
+    def __init__(self, function):
+        self.function, self.lower = function, function.lower
+
+    def __call__(self, *arguments):
+        return jax.block_until_ready(self.function(*arguments))
+
+
+def in_order(function):
+    """The jitted function; as one that is waited for, where processes talk through gloo (CPUs).
+
+    XLA runs programs that do not depend on each other side by side there, and gloo does not tell their messages apart: two processes
+    that begin them in another order wait for each other for ever. GPUs and TPUs keep the order in which programs were called.
+    """
+    return InOrder(function) if jax.process_count() > 1 and jax.default_backend() == "cpu" else function
+
+
 def rows_here(sharding, shape):
     """The rows (of the first axis) that devices of this process hold a part of; None = all of them."""
     if sharding.is_fully_addressable:

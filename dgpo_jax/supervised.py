@@ -45,8 +45,9 @@ def warm_start(config: Config, parts: Parts, workdir: Path, stopping: Stopping) 
     programs = make_programs(parts.model, parts.optimizer, loss, parts.shardings)
     folder = workdir / "sft"
     with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
-        restored = checkpoints.restore(abstract_state(parts))
-        done, state = restored[:2] if restored else (0, build_state(config, parts))
+        with activity.doing("reading or making weights"):
+            restored = checkpoints.restore(abstract_state(parts))
+            done, state = restored[:2] if restored else (0, build_state(config, parts))
         with (
             open_writer(folder, done + 1, console_columns=WARM_START_COLUMNS, unit="update") as writer,
             activity.doing("warm start", lambda: f"update {done} of {config.sft.updates}"),

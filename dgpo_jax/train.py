@@ -115,7 +115,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
         now = find_start(config, parts, checkpoints, workdir, record, stopping)
         reference = find_reference(config, parts, workdir)
-        writer = stack.enter_context(open_writer(workdir, resume_iteration=next_line(now)))
+        writer = stack.enter_context(open_writer(workdir, resume_iteration=next_line(now), sampled=now.done + 1))
         health = Health(config, parts.model.compute_dtype.name)
         health.replay(read_metrics(workdir / "metrics.jsonl") if hosts.is_first() else [])
         health.replay([{"iteration": now.done} | now.unwritten] if now.unwritten else [])
@@ -146,8 +146,10 @@ def iterate(run: Run, now: Progress, compiling: float) -> None:
     try:
         run.advance(now.done)
         if now.unwritten:
-            evaluation(run, now, now.unwritten, due=True)
+            metrics = evaluation(run, now, now.unwritten, due=True)
             now = now._replace(unwritten=None)
+            save(run.checkpoints, now, run.record, best_score(config, metrics))
+            saved = now
         elif not now.done:
             evaluation(run, now, {"time/compile_ahead": compiling}, due=True)
         for iteration in range(now.done + 1, config.iterations + 1):
@@ -223,7 +225,8 @@ def find_start(
         say(f"going on after iteration {restored.done} of {config.iterations}")
         return restored
     if not config.sft.updates:
-        return at_the_start(config, build_state(config, parts))
+        with activity.doing("reading or making weights"):
+            return at_the_start(config, build_state(config, parts))
     say(f"supervised warm start: {config.sft.updates} updates, metrics in {workdir}/sft/metrics.jsonl")
     start = at_the_start(config, fresh_state(parts, warm_start(config, parts, workdir, stopping).params))
     save(checkpoints, start, record)

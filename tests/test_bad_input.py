@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
-from dgpo_jax import session, sft, train
+from dgpo_jax import session, sft, train, workdir
 from dgpo_jax.config import load
+from dgpo_jax.data.tokenizers import load_tokenizer
 from dgpo_jax.models.hf import SINGLE
 from dgpo_jax.recipe import resolve
 from dgpo_jax.types import Problem
@@ -62,9 +65,9 @@ def refuse(monkeypatch, capfd, tmp_path):
 
 @pytest.mark.parametrize("module, arguments, expected", [
     ("dgpo_jax.train", [TINY, "--config.loss.clp_low=0.1"], ["--config.loss.clp_low", "--config.loss.clip-low"]),
-    ("dgpo_jax.train", ["--config=configs/smok.py"], ["configs/smok.py", "configs/smoke.py"]),
     ("dgpo_jax.sft", [TINY, "--config.rollout.group_size=1"], ["rollout.group_size is 1", "at least 2"]),
-    ("dgpo_jax.train", [TINY, "--workdir=README.md/run"], ["README.md/run", "choose another"]),  # below a file
+    ("dgpo_jax.prepare", [TINY], ["--output is ''", "--output=prepared.jsonl"]),
+    ("dgpo_jax.evaluate", [TINY, "--config.eval.sets=mine=README.md"], ["mine: source 'README.md' is not", ".jsonl"]),
 ])  # fmt: skip
 def test_a_command_with_bad_input_ends_with_a_short_message_and_a_code(module, arguments, expected):
     ended = run_module(module, *arguments)
@@ -74,11 +77,24 @@ def test_a_command_with_bad_input_ends_with_a_short_message_and_a_code(module, a
         assert text in plain(ended.stderr)
 
 
-@pytest.mark.parametrize("module", ["dgpo_jax.train", "dgpo_jax.sft"])
-def test_help_lists_the_settings_with_their_comments(module):
-    ended = run_module(module, "--help")
-    text = plain(ended.stdout)
-    assert ended.returncode == 0 and not ended.stderr
+@pytest.mark.parametrize("arguments, expected", [
+    (["--config=configs/smok.py"], ["configs/smok.py", "configs/smoke.py"]),
+    ([TINY, "--workdir=README.md/run"], ["README.md/run", "choose another"]),  # below a file
+])  # fmt: skip
+def test_a_path_that_cannot_be_is_refused(arguments, expected, refuse, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    message = refuse(*arguments)
+    for text in expected:
+        assert text in message
+
+
+def test_help_lists_the_settings_with_their_comments(monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["train", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        session.run_command("dgpo_jax.train", "", lambda *_: pytest.fail("the story was begun"))
+    printed = capfd.readouterr()
+    assert stop.value.code == 0 and not printed.err
+    text = plain(printed.out)
     for setting in ("--workdir", "--config.seed", "--config.rollout.group-size", "--config.checkpoint.keep"):
         assert setting in text
     assert "G, responses per prompt (default: 8)" in text
@@ -144,6 +160,9 @@ def test_devices_that_do_not_divide_are_refused(arguments, expected, refuse):
     (["--config.data.operations=ad"], ["'ad'", "add"]),
     (["--config.rollout.max_prompt=8"], ["more than max_prompt 8", "raise max_prompt"]),
     (["--config.rollout.max_prompt=3", "--config.data.too_long=drop"], ["all 200 problems", "raise max_prompt"]),
+    (["--config.rollout.max_prompt=1", "--config.data.too_long=cut"], ["leaves no room", "raise max_prompt"]),
+    (["--config.data.train= + "], ["names nothing", "generated:KIND/SPLIT"]),
+    ([f"--config.data.train={'x' * 300}.jsonl"], ["cannot be read", "name too long"]),
 ])  # fmt: skip
 def test_problems_and_a_tokenizer_that_do_not_fit_are_refused(arguments, expected, refuse):
     message = refuse(TINY, *arguments)
@@ -158,6 +177,9 @@ def test_problems_and_a_tokenizer_that_do_not_fit_are_refused(arguments, expecte
     ('{"problem": "2+2?", "answer": "4"}\n{"problem": "3+3?", "answer": ""}\n', ["problems.jsonl:2", "answer"]),
     ('{"problem": "2+2?", "anwser": "4"}\n', ["'anwser'", "set the field's name"]),
     ('{"problem": "2+2?", "answer": "4"\n', ["problems.jsonl:1", "not JSON"]),
+    ('{"problem": "2+2?", "answer": ' + "4" * 5000 + "}\n", ["problems.jsonl:1", "4300 digits", "correct or delete the line"]),
+    ('{"problem": "2+2?", "answer": "4", "answer": "5"}\n', ['problems.jsonl:1: "answer" is there twice']),
+    ('{"problem": "2+2?", "answer": "4", "id": "a\\nb"}\n', ["problems.jsonl:1", "printable characters"]),
 ])  # fmt: skip
 def test_data_without_problems_or_answers_is_refused_by_file_and_line(lines, expected, refuse, tmp_path):
     (tmp_path / "problems.jsonl").write_text(lines)
@@ -193,6 +215,24 @@ def test_a_model_folder_with_half_a_file_of_weights_is_refused(refuse, tmp_path)
     assert SINGLE in message and "download" in message
 
 
+def test_weights_that_are_not_finite_are_refused_by_name(refuse, tmp_path):
+    folder = model_folder(tmp_path)
+    tensors = load_file(ROOT / "tests/golden/qwen2_tied" / SINGLE)
+    tensors["model.embed_tokens.weight"] = np.zeros((192, 32), np.float32)
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.array(tensors["model.layers.1.mlp.up_proj.weight"], np.float32)
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    save_file(tensors, folder / SINGLE)
+    message = refuse(TINY, *CHEAP, f"--config.model.path={folder}")
+    assert "model.layers.1.mlp.up_proj.weight has 1 values of" in message and "NaN or infinite; download" in message
+
+
+def test_a_chat_template_that_fails_is_refused_with_its_error(refuse, tmp_path):
+    load_tokenizer("builtin:words").save(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer/chat_template.jinja").write_text("{{ messages[5].content }}")
+    message = refuse(TINY, f"--config.data.tokenizer={tmp_path / 'tokenizer'}", "--config.data.template=chat")
+    assert "its chat template fails (UndefinedError" in message and "data.template" in message
+
+
 def test_a_model_folder_without_config_is_refused(refuse, tmp_path):
     message = refuse(TINY, f"--config.model.path={tmp_path}")
     assert "config.json" in message and "folder of a Hugging Face model" in message
@@ -221,25 +261,25 @@ def test_a_workdir_in_which_nothing_was_computed_may_be_used_with_other_settings
 
 def record_run(tmp_path, metrics=""):
     config = load([TINY])
-    session.claim_workdir(resolve(config), tmp_path / "run")
+    workdir.claim_workdir(resolve(config), tmp_path / "run")
     (tmp_path / "run/sft").mkdir()
     (tmp_path / "run/sft/metrics.jsonl").write_text(metrics)
 
 
 def test_a_run_whose_problems_were_edited_meanwhile_is_refused(refuse, tmp_path):
     record_run(tmp_path, '{"update": 5}\n')
-    session.claim_problems(tmp_path / "run", held_out=[Problem("1", "2 + 2?", "5", "test")])
+    workdir.claim_problems(load([TINY]), tmp_path / "run", {"held_out": [Problem("1", "2 + 2?", "5", "test")]})
     message = refuse(TINY)
     assert "other held_out problems: they were 1 and are 12, or their texts have changed. Put them back" in message
 
 
 def test_the_problems_of_a_run_are_known_by_their_content(tmp_path):
     record_run(tmp_path, '{"update": 5}\n')
-    problem, workdir = Problem("1", "2 + 2?", "5", "test"), tmp_path / "run"
-    session.claim_problems(workdir, training=[problem])
-    session.claim_problems(workdir, training=[problem], aime24=[problem])  # the same, and another set besides
+    problem, config, run = Problem("1", "2 + 2?", "5", "test"), load([TINY]), tmp_path / "run"
+    workdir.claim_problems(config, run, {"training": [problem]})
+    workdir.claim_problems(config, run, {"training": [problem], "aime24": [problem]})  # the same, and another set besides
     with pytest.raises(ValueError, match="other training problems"):
-        session.claim_problems(workdir, training=[problem._replace(answer="4")])
+        workdir.claim_problems(config, run, {"training": [problem._replace(answer="4")]})
 
 
 def test_a_warm_start_on_problems_without_solutions_is_refused(refuse, tmp_path):

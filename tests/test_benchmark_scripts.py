@@ -39,8 +39,8 @@ serve(prepare, lambda case, seed: seed)
 """
 
 
-# One device, not the eight of the tests, and programs compiled fast rather than well.
-ENVIRONMENT = {"PYTHONPATH": str(BENCHMARKS.parent), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
+# One device, not the eight of the tests.
+ENVIRONMENT = {"PYTHONPATH": str(BENCHMARKS.parent), "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
 
 
 def run_script(name, *arguments):

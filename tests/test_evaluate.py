@@ -15,7 +15,6 @@ import jax
 import numpy as np
 import pytest
 import sympy
-from jax.experimental.compilation_cache import compilation_cache
 
 from dgpo_jax import evaluate as story
 from dgpo_jax.build import build_checkers, build_params, build_parts, fresh_state, make_decode_params
@@ -38,27 +37,10 @@ SETTINGS = [
     "--config.eval.responses=24", "--config.eval.sets=sums=generated:arithmetic/test", "--config.model.layers=1",
 ]  # fmt: skip
 DEADLINE_S = 300
-CACHE = {  # None = the folder
-    "jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1,
-}  # fmt: skip
 
 
 def run(workdir, *settings, **options):
     return evaluate(load([*SETTINGS, *settings]), workdir, Options(**options))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """Programs are compiled once for all evaluations here, also the one in another process; returns their folder."""
-    folder, before = str(tmp_path_factory.mktemp("compiled")), {name: getattr(jax.config, name) for name in CACHE}
-    for name, value in CACHE.items():
-        jax.config.update(name, folder if value is None else value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -88,12 +70,11 @@ def forbid(monkeypatch, name):
     monkeypatch.setattr(story, name, forbidden)
 
 
-def test_an_evaluation_that_was_killed_ends_up_with_the_same_files(undisturbed, compiled, tmp_path):
+def test_an_evaluation_that_was_killed_ends_up_with_the_same_files(undisturbed, tmp_path):
     workdir = tmp_path / "killed"
-    environment = {name.upper(): str(compiled if value is None else value) for name, value in CACHE.items()}
     process = subprocess.Popen(
         [sys.executable, "-m", "dgpo_jax.evaluate", *SETTINGS, f"--workdir={workdir}"],
-        cwd=ROOT, env=os.environ | environment | {"PYTHONPATH": str(ROOT)},
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     deadline = time.monotonic() + DEADLINE_S

@@ -527,11 +527,9 @@ def test_responses_drawn_from_no_numbers_count_as_skipped_updates(parts, program
 
 
 def test_a_run_stops_when_too_many_updates_in_a_row_were_skipped(tmp_path):
-    config, waited = get_config(), []
+    config = get_config()
     most = config.optimizer.max_skipped
-    run = SimpleNamespace(config=config, workdir=tmp_path, checkpoints=SimpleNamespace(wait=lambda required: waited.append(required)))
+    run = SimpleNamespace(config=config, workdir=tmp_path)
     train.check_skipped(run, most - 1)
-    assert waited == []
     with pytest.raises(ValueError, match=rf"{most} updates in a row .* not finite.* lower optimizer.learning_rate"):
         train.check_skipped(run, most)
-    assert waited == [True]  # the state before them is on the disk by then

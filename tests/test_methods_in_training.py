@@ -1,6 +1,6 @@
 """Recipes through the whole program: every method by its word, runs that were interrupted, the reference's life.
 
-Runs of a few updates from one warm start, on one device, with programs compiled once and hardly optimised.
+Runs of a few updates from one warm start, on one device.
 """
 
 import contextlib
@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from scripted import change
 
 from dgpo_jax import build, train
@@ -39,11 +38,6 @@ SMALL = [
     "--config.model.layers=1", "--config.data.held-out=", "--config.iterations=2", "--config.checkpoint.every=1",
     "--config.checkpoint.keep=9",
 ]  # fmt: skip
-UNOPTIMIZED = "jax_disable_most_optimizations"
-CACHE = {
-    "jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile_time_secs": 0,
-    "jax_persistent_cache_min_entry_size_bytes": -1, UNOPTIMIZED: True,
-}  # fmt: skip
 RUN_DEADLINE_S = 600
 
 
@@ -57,20 +51,6 @@ class Run(NamedTuple):
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiler(tmp_path_factory):
-    """One cache of programs for the runs of this file: they differ in their losses only. Returns its folder."""
-    folder = tmp_path_factory.mktemp("compiled")
-    before = {name: jax.config.values[name] for name in CACHE}
-    for name, value in (CACHE | {"jax_compilation_cache_dir": str(folder)}).items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield folder
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@pytest.fixture(scope="module", autouse=True)
 def surroundings():
     """One device, and one checker for all runs: starting one takes longer than a run. No curves are drawn."""
     with pytest.MonkeyPatch.context() as patch, Checkers(MathSettings(extract="last", workers=1), CodeSettings(), {"math"}) as checkers:
@@ -81,7 +61,7 @@ def surroundings():
 
 
 @pytest.fixture(scope="module")
-def warm(surroundings, quick_compiler, tmp_path_factory):
+def warm(surroundings, tmp_path_factory):
     """A workdir in which only the warm start is done; some answers are right."""
     workdir = tmp_path_factory.mktemp("warm")
     train.train(change(load([TINY, *SMALL]), {"iterations": 0}), workdir)
@@ -103,9 +83,9 @@ def run_from(warm, arguments, workdir, monkeypatch):
     config, learned, references = load([TINY, *SMALL, *arguments]), {}, []
     learn, find_reference = train.learn, train.find_reference
 
-    def noting_learn(config, parts, programs, state, experience, advantages, iteration, *rest):
+    def noting_learn(config, parts, programs, state, experience, advantages, iteration, *rest, **more):
         learned[iteration] = experience, advantages
-        return learn(config, parts, programs, state, experience, advantages, iteration, *rest)
+        return learn(config, parts, programs, state, experience, advantages, iteration, *rest, **more)
 
     def noting_reference(*arguments):
         references.append(find_reference(*arguments))
@@ -343,12 +323,10 @@ def assert_same_end(run, whole):
     np.testing.assert_equal(states[0], states[1])
 
 
-def test_a_run_killed_while_groups_wait_ends_as_if_it_had_not_been(whole_run_of, run, warm, quick_compiler, tmp_path):
+def test_a_run_killed_while_groups_wait_ends_as_if_it_had_not_been(whole_run_of, run, warm, tmp_path):
     workdir = tmp_path / "killed"
     shutil.copytree(warm / "sft", workdir / "sft")
-    environment = os.environ | {
-        "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": str(quick_compiler), UNOPTIMIZED.upper(): "1",
-    }  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": ""}  # one device
     # All of iteration 3 but its checkpoint: its responses and metrics are behind the weights and groups of iteration 2.
     die_at = [str(ROOT / "tests/die_at.py"), "*/checkpoints/iteration_000003/details.json"]
     arguments = [sys.executable, *die_at, "dgpo_jax.train", TINY, *SMALL, *RECIPES[DYNAMIC], FOUR, f"--workdir={workdir}"]

@@ -165,7 +165,7 @@ def fake_rollouts(monkeypatch, calls):
     """A model whose sample number s of a problem is right where s < the answer modulo 5, so that rates are known."""
     tokenizer = load_tokenizer("builtin:words")
 
-    def make_rollout(actor, sampling, max_prompt, slots):
+    def make_rollout(actor, sampling, max_prompt, slots, stopping=None):
         def rollout(params, problems, draw):
             calls.append(len(problems))
             rows = [(one, number) for one in problems for number in range(sampling.group_size)]

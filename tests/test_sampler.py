@@ -191,11 +191,10 @@ def test_logprobs_are_those_of_the_tempered_distribution_untouched_by_top_p_and_
 ])
 def test_top_p_and_top_k_by_hand(top_p, top_k, kept):
     probabilities = np.array([0.5, 0.3, 0.15, 0.05], np.float32)
-    for order in itertools.permutations(range(4)):  # the order of the vocabulary does not matter
-        order = list(order)
-        logits = jnp.log(jnp.asarray(probabilities[order])[None])
-        finite = np.flatnonzero(np.isfinite(np.asarray(restrict(logits, top_p, top_k))[0]))
-        assert sorted(order[place] for place in finite) == kept
+    orders = np.array(list(itertools.permutations(range(4))))  # the order of the vocabulary does not matter
+    finite = np.isfinite(restrict(jnp.log(probabilities[orders]), top_p, top_k))
+    for order, row in zip(orders, finite, strict=True):
+        assert sorted(order[row].tolist()) == kept
 
 
 def test_ties_at_the_border_are_all_kept():
@@ -466,18 +465,19 @@ def test_programs_compiled_ahead_are_those_that_run(mesh_name):
     assert not compiled
 
 
+@functools.cache
+def greedy_rollout(mesh_name, int8_weights, int8_cache):
+    model, sampling = tiny_model(mesh_name), REAL._replace(temperature=0.0, stop_ids=())
+    sample = make_sampler(model, sampling, slots=8, max_prompt=4, int8_cache=int8_cache)
+    decode_params = make_decode_params(SimpleNamespace(model=model, mesh=model.mesh), int8_weights)(tiny_params(mesh_name))
+    return sample(decode_params, left_padded(PROMPTS, 4), make_draw()).rollout
+
+
 @pytest.mark.parametrize("int8_weights, int8_cache", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("mesh_name", ["one device", "fsdp 4 x tensor 2"])
 def test_eight_bits_move_log_probabilities_a_little(mesh_name, int8_weights, int8_cache):
     # Greedy at first: the same responses as long as no two tokens are close; then their log-probabilities can be compared.
-    model, params = tiny_model(mesh_name), tiny_params(mesh_name)
-    sampling = REAL._replace(temperature=0.0, stop_ids=())
-    rollouts = []
-    for weights, cache in ((False, False), (int8_weights, int8_cache)):
-        sample = make_sampler(model, sampling, slots=8, max_prompt=4, int8_cache=cache)
-        decode_params = make_decode_params(SimpleNamespace(model=model, mesh=model.mesh), weights)(params)
-        rollouts.append(sample(decode_params, left_padded(PROMPTS, 4), make_draw()).rollout)
-    exact, rounded = rollouts
+    exact, rounded = greedy_rollout(mesh_name, False, False), greedy_rollout(mesh_name, int8_weights, int8_cache)
     same = np.cumsum(exact.response != rounded.response, axis=1) == 0
     assert same.mean() > 0.8
     gap = np.abs(exact.logprobs - rounded.logprobs)[same]

@@ -30,7 +30,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from dgpo_jax import hosts
+from dgpo_jax import activity, hosts
 from dgpo_jax.checkpoint.arrays import by_name, describe, read_host_arrays, read_params, require_same_arrays
 from dgpo_jax.checkpoint.folders import (
     ARRAYS,
@@ -149,7 +149,8 @@ class Checkpoints:
             RuntimeError: `required`, and the last save came to nothing, on this process or on another one.
         """
         if self._thread is not None:
-            self._thread.join()
+            with activity.doing(f"writing a checkpoint to {self.directory}"):
+                self._thread.join()
             self._thread, self._score_in_flight = None, None
         if required and any(hosts.gather(self.failure is not None)):
             why = self.failure or "another process could not write its part, and its log says why"

@@ -59,8 +59,16 @@ def normalise(text):
         text = pattern.sub(replacement, text)
     text = re.sub(r"\s+", " ", text).strip()
     if not text.endswith(".."):
-        text = re.sub(r"(?:\\\\ ?)+$", "", text.rstrip(".,; ")).rstrip(".,; ")  # "5\\\\": a line that ends within the box
+        text = _without_line_ends(text.rstrip(".,; ")).rstrip(".,; ")
     return text
+
+
+def _without_line_ends(text):
+    """"5\\\\": a line that ends within the box. A regular expression would take the square of a long row of backslashes."""
+    end = len(text)
+    while text.endswith(("\\\\", "\\\\ "), 0, end):
+        end -= 2 + (text[end - 1] == " ")
+    return text[:end]
 
 
 def text_key(normalised):

@@ -251,7 +251,7 @@ class _Feeder(threading.Thread):
 
 
 def serve(answer: Callable[..., object], memory_mb: int, parent: int, warm_up: Callable[[], object]) -> None:
-    """In the worker: replies to every request, a JSON list of arguments, with answer(*arguments), until the input closes.
+    """In the worker: replies to every request, a number and a list of arguments, with answer(*arguments), until the input closes.
 
     An exception is a fault of the checker, not of the request: it is shown, the reply is DIED, and the worker goes on.
 

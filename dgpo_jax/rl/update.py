@@ -25,6 +25,7 @@ from dgpo_jax.rl.kl import MAX_LOG_RATIO, kl_estimate
 from dgpo_jax.rl.logprobs import token_logprobs
 from dgpo_jax.rl.losses import Regions, Surrogate, Tokens, policy_loss, resolve_settings
 from dgpo_jax.rl.suspects import LOGPROB, LOSS, Marks
+from dgpo_jax.sharding import in_order
 from dgpo_jax.types import TrainBatch, TrainState
 
 
@@ -163,7 +164,7 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
         return state, StepFigures(grad_norm, 1.0 - finite)
 
     carry = (shardings.state.params, shardings.scalar)
-    return Programs(
+    programs = Programs(
         score=jax.jit(score, out_shardings=shardings.batch.old_logprobs),
         complete=jax.jit(complete, out_shardings=(shardings.batch, shardings.scalar)),
         zero=jax.jit(zero, out_shardings=carry),
@@ -171,6 +172,7 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
         norm=jax.jit(norm, out_shardings=shardings.scalar),
         apply=jax.jit(apply, donate_argnums=0, out_shardings=(shardings.state, shardings.scalar)),
     )
+    return Programs(*map(in_order, programs))
 
 
 def take_update(programs: Programs, state: TrainState, batches: Iterable[TrainBatch], learning_rate):

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,14 +41,9 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def command(folder):
-    """The function (workdir, die_at) -> a process that trains on one device and shares compiled programs with the others."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # one device, and a third less to wait for the compiler
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
+def command():
+    """The function (workdir, die_at) -> a process that trains on one device."""
+    environment = os.environ | {"XLA_FLAGS": ""}
 
     def command(workdir, die_at=None):
         start = [str(ROOT / "tests/die_at.py"), die_at] if die_at else ["-m"]
@@ -89,8 +83,10 @@ def test_a_run_leaves_all_its_files(undisturbed):
     assert names(undisturbed / "rollouts") == [f"iteration_{number:06d}.jsonl" for number in (1, 2, 3, 4, 5)]
     # Before the first iteration, every second, and after the last.
     assert names(undisturbed / "eval") == [f"iteration_{number:06d}.jsonl" for number in (0, 2, 4, 5)]
-    assert names(undisturbed / "checkpoints") == ["iteration_000004", "iteration_000005"]  # keep is 2
-    assert peek(undisturbed / "checkpoints") == (5, {"skipped_in_a_row": 0, "position": 5 * 8})
+    kept = names(undisturbed / "checkpoints")
+    assert kept[-2:] == ["iteration_000004", "iteration_000005"] and len(kept) <= 3  # keep is 2, and the best
+    iteration, extra = peek(undisturbed / "checkpoints")
+    assert (iteration, extra["skipped_in_a_row"], extra["position"], extra["unwritten"]) == (5, 0, 5 * 8, None)
     # No group waits to be learned from.
     assert names(undisturbed / "checkpoints/iteration_000005") == ["details.json", "manifest.json", "state"]
     assert (undisturbed / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -196,18 +192,15 @@ def test_all_programs_are_compiled_ahead_of_the_first_iteration(undisturbed):
     assert [row["time/compile"] for row in rows] == [0.0] * (1 + LAST)
 
 
-# (what the process is about to do when it dies, the file)
+# (what the process is about to do when it dies, the file); random moments, in tests/test_chaos.py, rarely meet these
 MOMENTS = [
-    ("to write down the first responses, no iteration saved", "*/rollouts/iteration_000001.jsonl"),
-    ("to write down responses, some metrics behind the newest checkpoint", "*/rollouts/iteration_000003.jsonl"),
     ("to finish a checkpoint, whose arrays are there", "*/run/checkpoints/iteration_000004/manifest.json.partial"),
     ("to start the last checkpoint, all metrics written", "*/run/checkpoints/iteration_000005/details.json"),
 ]
 
 
-def test_a_run_killed_at_five_moments_ends_as_if_it_had_not_been(undisturbed, command, tmp_path):
+def test_a_run_killed_amid_a_save_and_just_before_one_ends_as_if_it_had_not_been(undisturbed, command, tmp_path):
     workdir = tmp_path / "run"
-    kill_when_there(command(workdir), workdir / "sft", "checkpoints/*/manifest.json")  # amid the warm start
     for _, pattern in MOMENTS:
         process = command(workdir, die_at=pattern)
         output, _ = process.communicate(timeout=RUN_DEADLINE_S)
@@ -225,17 +218,6 @@ def test_a_run_killed_at_five_moments_ends_as_if_it_had_not_been(undisturbed, co
         for path in (workdir / name).iterdir():
             assert path.read_bytes() == (undisturbed / name / path.name).read_bytes()
     assert_same_state(workdir, undisturbed)
-
-
-def kill_when_there(process, folder, pattern):
-    """SIGKILL from outside, as soon as there is such a file; whatever the process does by then is a moment too."""
-    deadline = time.monotonic() + RUN_DEADLINE_S
-    while not list(folder.glob(pattern)):
-        assert process.poll() is None and time.monotonic() < deadline, process.stdout.read()
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
 
 
 def assert_same_state(workdir, other):
@@ -296,6 +278,6 @@ def test_eight_devices_go_on_with_a_run_of_one_and_do_the_same_with_programs_com
     assert rows[5]["gap/max"] < 1e-4 and rows[5]["policy/first_ratio_error"] < 1e-5
 
     # Ahead or when first called, but never twice: training, greedy and avg@k have a sampler each.
-    expected = dict.fromkeys(("score", "complete", "zero", "accumulate", "apply"), 1) | dict.fromkeys(("prefill", "insert", "decode"), 3)
+    expected = dict.fromkeys(("score", "complete", "zero", "accumulate", "norm", "apply"), 1) | dict.fromkeys(("prefill", "insert", "decode"), 3)
     counts = collections.Counter(compiled)
     assert {name: counts[name] for name in expected} == expected, counts

@@ -60,15 +60,13 @@ def compile_ahead(
             compile_program(program)
         return program.name, time.perf_counter() - began
 
-    finished = []
-    with ThreadPoolExecutor(threads) as pool, progress("compiling", len(programs)) as advance:
-        waiting = [pool.submit(timed, program) for program in programs]
-        try:
-            for done in as_completed(waiting):
+    finished, pool = [], ThreadPoolExecutor(threads)
+    try:
+        with progress("compiling", len(programs)) as advance:
+            for done in as_completed([pool.submit(timed, program) for program in programs]):
                 finished.append(done.result())
                 report(*finished[-1])
                 advance()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    finally:  # of one that fails or is interrupted those under way are not waited for: they cannot be called back
+        pool.shutdown(wait=False, cancel_futures=True)
     return finished

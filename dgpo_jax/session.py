@@ -50,8 +50,11 @@ def run_command(
             story(config, workdir or default_workdir(config))
         else:
             story(config, workdir, chosen)
-    except Stop:
-        raise SystemExit(STOPPED_EARLY) from None  # said already
+    except Stop:  # said already
+        if hosts.count() > 1:
+            raise SystemExit(STOPPED_EARLY) from None
+        sys.stdout.flush()
+        os._exit(STOPPED_EARLY)  # all is closed; Python would wait for a compilation that was broken off
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("DGPO_JAX_TRACEBACK"):
             raise

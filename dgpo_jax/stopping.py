@@ -75,7 +75,8 @@ class Stopping:
             raise KeyboardInterrupt
         if not self._question and hosts.count() == 1:
             print(f"\n{name}: stopped before anything had begun", file=sys.stderr, flush=True)
-            os._exit(STOPPED_EARLY)  # at once: a compilation cannot be called back, and has nothing to lose
+            self.reason = name
+            raise Stop  # from wherever it was, as Ctrl-C does: a compilation is not waited for
         again = "; once more leaves at once" if number == signal.SIGINT else ""
         print(f"\n{name}: the run saves and stops{again}", file=sys.stderr, flush=True)
         self.request(name)

@@ -4,12 +4,16 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from dgpo_jax import stopping
 from dgpo_jax.stopping import STOPPED_EARLY, Stop, Stopping
+
+ROOT = Path(__file__).parent.parent
 
 
 class Clock:
@@ -130,11 +134,34 @@ def test_the_watchdog_may_ask_from_another_thread(clock):
         assert stops.reason == "nothing has moved for 900 s"
 
 
-def test_a_process_that_only_compiles_has_nothing_to_lose_and_goes_at_once():
-    program = (
-        "import os, signal\nfrom dgpo_jax.stopping import Stopping\n"
-        "with Stopping(grace_seconds=30):\n    os.kill(os.getpid(), signal.SIGTERM)\n    print('still here')"
-    )
-    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert result.returncode == STOPPED_EARLY
-    assert "still here" not in result.stdout and "before anything had begun" in result.stderr
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_before_anything_has_begun_a_signal_stops_at_once_whatever_is_done(number, capsys):
+    with Stopping(grace_seconds=30), pytest.raises(Stop):
+        os.kill(os.getpid(), number)
+        time.sleep(10)  # as long as a compilation
+    assert "before anything had begun" in capsys.readouterr().err
+
+
+def test_a_command_that_is_stopped_amid_a_compilation_does_not_wait_for_it():
+    program = """
+import os, signal, sys, threading, time
+from dgpo_jax import session
+from dgpo_jax.ahead import Program, compile_ahead
+from dgpo_jax.stopping import Stopping
+
+class Slow:
+    def lower(self):
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        time.sleep(60)
+
+def story(config, workdir):
+    with Stopping(grace_seconds=30):
+        compile_ahead([Program("slow", "update", Slow(), ())])
+
+sys.argv = ["story", "--config=configs/smoke.py"]
+session.run_command("story", "", story)
+"""
+    began = time.monotonic()
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert result.returncode == STOPPED_EARLY, result.stderr
+    assert time.monotonic() - began < 50

@@ -19,7 +19,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jax._src import distributed  # its client has no public name; Orbax takes it from here too
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
@@ -30,6 +29,9 @@ from dgpo_jax.sharding import MESH_AXES
 # What `dgpo_jax.launch` tells the processes that it starts; JAX_COORDINATOR_ADDRESS is JAX's own name.
 ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "DGPO_JAX_PROCESSES", "DGPO_JAX_PROCESS"
 FAREWELL_S = 3.0  # that a process which found an error waits for others which may have found the same
+_SIGNS_OF_LOSS = (
+    "gloo", "coordination", "heartbeat", "connection closed", "connection reset", "socket closed", "remote process exited",
+)  # fmt: skip
 _SMALLEST_MESSAGE = 2**16  # bytes; messages are padded to a power of two, so that few programs are compiled
 
 
@@ -68,6 +70,8 @@ def join(settings: HostsConfig) -> None:
             cluster_detection_method="deactivate",
         )  # fmt: skip
     try:
+        if given.get("process_id"):
+            find_coordinator(given["coordinator_address"], settings.start_s)
         jax.distributed.initialize(
             **given, initialization_timeout=settings.start_s, heartbeat_timeout_seconds=settings.heartbeat_s,
             shutdown_timeout_seconds=max(settings.heartbeat_s, 60),
@@ -78,6 +82,26 @@ def join(settings: HostsConfig) -> None:
             f"the processes of this run did not find each other ({where}, {settings.start_s} s): {str(error).splitlines()[0]};"
             " start all of them at once, with python -m dgpo_jax.launch or under a TPU pod, Slurm, Kubernetes or Open MPI."
         ) from error
+
+
+def find_coordinator(address: str | None, seconds: float) -> None:
+    """Waits until somebody listens there. JAX would, where nobody ever does, abort the process in C++.
+
+    Raises:
+        OSError: nobody does, after so long, or this is no address.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdigit():
+        raise OSError(f"{ADDRESS}={address} is not HOST:PORT")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, int(port)), timeout=1.0).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise OSError(f"nobody answers there ({error.strerror or error})") from error
+        time.sleep(0.2)
 
 
 def count() -> int:
@@ -181,7 +205,9 @@ def says_it(error: Exception) -> bool:
         return True
     if isinstance(error, RefusedElsewhereError):
         return False
-    client, key = distributed.global_state.client, "dgpo_jax/error"
+    client, key = _coordination_client(), "dgpo_jax/error"
+    if client is None:
+        return True
     try:
         if is_first():
             client.key_value_set(key, str(error), allow_overwrite=True)
@@ -189,6 +215,26 @@ def says_it(error: Exception) -> bool:
         return client.blocking_key_value_get(key, int(FAREWELL_S * 1000)) != str(error)
     except RuntimeError:  # process 0 has found none, or is gone
         return True
+
+
+def _coordination_client() -> Any:
+    """Of the service at which the processes met; None where JAX has moved it: then each tells of the error that all have found.
+
+    It has no public name, and the public ways for processes to talk need all of them, while here one may be at work.
+    """
+    try:
+        from jax._src import distributed
+    except ImportError:
+        return None
+    return getattr(getattr(distributed, "global_state", None), "client", None)
+
+
+def lost_a_process(error: Exception) -> bool:
+    """Whether the error tells of another process's death, so that starting again may help.
+
+    There is no class for it: gloo (CPUs), NCCL (GPUs) and JAX's coordination service say it in words.
+    """
+    return count() > 1 and isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in _SIGNS_OF_LOSS)
 
 
 def leave(code: int) -> NoReturn:

@@ -213,7 +213,9 @@ def compile_all(config: Config, parts: Parts, programs: Programs, sampled_with) 
     if not config.iterations:
         return 0.0
     sampling = {program.name: program for arguments in sampled_with for program in rollout_programs(parts, *arguments)}
-    return compile_run(parts, [*update_programs(config, parts, programs), *sampling.values()])
+    seconds = compile_run(parts, [*update_programs(config, parts, programs), *sampling.values()])
+    hosts.gather(None)  # gloo gives up where processes come to the first exchange of a group more than 30 s apart
+    return seconds
 
 
 def find_start(

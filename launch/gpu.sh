@@ -10,13 +10,18 @@ usage: launch/gpu.sh --config=FILE [--workdir=DIR] [--config.a.b=value ...]
     launch/gpu.sh --config=configs/qwen_1p5b.py --workdir=/mnt/disk/runs/qwen_1p5b
 
 Everything behind the name of this script is passed on to `python -m dgpo_jax.train`; see its --help.
-All GPUs of the machine are used, or those in CUDA_VISIBLE_DEVICES. The first call creates .venv and installs the
-package with CUDA 13, which needs an NVIDIA driver of version 580 or newer; with an older driver:
+All GPUs of the machine are used, or those in CUDA_VISIBLE_DEVICES, by one process. The first call creates .venv and
+installs the package with CUDA 13, which needs an NVIDIA driver of version 580 or newer; with an older driver:
 
     CUDA=12 launch/gpu.sh --config=FILE
 
 Stopped, killed or crashed: the same command goes on from the last checkpoint.
-Several machines: not yet. Multi-host training comes with a later release.
+
+Several machines that see the same --workdir: this command on each, with its own number and the address of machine 0.
+When one of them dies all end; with RESTARTS they start again by themselves, from the last checkpoint.
+
+    MACHINES=2 MACHINE=0 COORDINATOR=10.0.0.1:8476 RESTARTS=10 launch/gpu.sh --config=FILE --workdir=/shared/run
+    MACHINES=2 MACHINE=1 COORDINATOR=10.0.0.1:8476 RESTARTS=10 launch/gpu.sh --config=FILE --workdir=/shared/run
 TEXT
 }
 
@@ -41,4 +46,8 @@ if [ ! -e .venv/installed ]; then
     touch .venv/installed
 fi
 
+if [ "${MACHINES:-1}" -gt 1 ]; then
+    exec .venv/bin/python -m dgpo_jax.launch --machines="$MACHINES" --machine="${MACHINE:?is the number of this machine, from 0}" \
+        --coordinator="${COORDINATOR:?is HOST:PORT of machine 0}" --restarts="${RESTARTS:-0}" -- dgpo_jax.train "$@"
+fi
 exec .venv/bin/python -m dgpo_jax.train "$@"

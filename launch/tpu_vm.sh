@@ -8,9 +8,10 @@ usage: launch/tpu_vm.sh NAME ZONE TYPE --config=FILE [--workdir=DIR] [--config.a
 
     launch/tpu_vm.sh trial us-east5-a v6e-8 --config=configs/smoke.py
     launch/tpu_vm.sh trial us-east5-a v6e-8 logs       # follow its output
+    launch/tpu_vm.sh trial us-east5-a v6e-8 stop       # it saves first; the same command as above goes on
     launch/tpu_vm.sh trial us-east5-a v6e-8 delete     # and everything on its disk
 
-NAME is yours to choose, ZONE one where you have quota, TYPE an accelerator type of one host (v6e-8, v5p-8, v5litepod-8).
+NAME is yours to choose, ZONE one where you have quota, TYPE an accelerator type (v6e-8, v5p-8, v5litepod-8; v6e-16, v5p-32).
 What is behind them goes to `python -m dgpo_jax.train`. Needs gcloud, logged in and with a project set. It costs money
 until it is deleted.
 
@@ -27,7 +28,9 @@ No capacity? Queue for it; once it is ACTIVE, run this script with the same NAME
         --accelerator-type=TYPE --runtime-version=RUNTIME [--spot]
     gcloud compute tpus queued-resources describe NAME-request --zone=ZONE
 
-Slices of several hosts are refused: multi-host training comes with a later release.
+A slice of several hosts runs one process on each, which find each other (hosts.cluster=auto). All must see the same
+--workdir, so it is required there: a bucket or a file share mounted at the same place on every host. If one dies, the
+others end within hosts.heartbeat_s, and the same command starts all again; `stop` has the run save and end.
 TEXT
 }
 
@@ -47,9 +50,11 @@ on_all() { tpu ssh "$name" --worker=all --command="$1"; }
 
 case $1 in
     logs) on_all 'tail -n 200 -f ~/dgpo_jax/train.log'; exit ;;
+    # Of several processes one that is told is enough, and all of them are.
+    stop) on_all 'pkill -TERM -u "$USER" -f "^[^ ]*bin/python -m dgpo_jax.train" && echo "saving; see the logs" || echo "nothing runs"'; exit ;;
     delete) tpu delete "$name"; exit ;;
     --*) ;;
-    *) fail "$1 is neither logs, nor delete, nor an option such as --config=configs/smoke.py" ;;
+    *) fail "$1 is neither logs, nor stop, nor delete, nor an option such as --config=configs/smoke.py" ;;
 esac
 
 case $type in
@@ -66,7 +71,13 @@ if [ -z "$(tpu list --filter="name:$name" --format='value(name)')" ]; then
 fi
 
 hosts=$(tpu describe "$name" --flatten='networkEndpoints[]' --format='value(networkEndpoints.ipAddress)' | wc -l)
-[ "$hosts" -le 1 ] || fail "$name has $hosts hosts, and this release trains on one; choose a smaller TYPE."
+if [ "$hosts" -gt 1 ]; then
+    case " $* " in
+        *" --workdir="*) ;;
+        *) fail "$name has $hosts hosts, which must see the same workdir; mount a disk on all of them and give --workdir=DIR there." ;;
+    esac
+    set -- --config.hosts.cluster=auto "$@"
+fi
 
 cd "$(dirname "$0")/.."
 folder=$(mktemp -d)

@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from dgpo_jax import activity
+
 # Neighbours in the last axis talk most: in every layer, and wait for it.
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 
@@ -190,7 +192,8 @@ class InOrder:
         self.function, self.lower = function, function.lower
 
     def __call__(self, *arguments):
-        return jax.block_until_ready(self.function(*arguments))
+        with activity.doing("waiting for the other processes"):
+            return jax.block_until_ready(self.function(*arguments))
 
 
 def in_order(function):
@@ -238,7 +241,8 @@ def to_host(tree):
             return array
         return multihost_utils.process_allgather(array, tiled=True)
 
-    if jax.process_count() > 1:
-        with jax.transfer_guard("allow"):
-            tree = jax.tree.map(whole, tree)
-    return jax.device_get(tree)
+    with activity.doing("waiting for the devices"):
+        if jax.process_count() > 1:
+            with jax.transfer_guard("allow"):
+                tree = jax.tree.map(whole, tree)
+        return jax.device_get(tree)

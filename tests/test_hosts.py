@@ -46,17 +46,14 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("hosts")
 
 
-def environment(folder, devices, **more):
+def environment(devices, **more):
     """Of processes with so many fake devices; tests/conftest.py says where they keep what they compile."""
     flags = (
         f"--xla_force_host_platform_device_count={devices}",
         "--xla_cpu_use_fusion_emitters=false",  # a quarter less to wait for the compiler
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600", "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
     )  # fmt: skip
-    shadow = folder / "shadow"
-    shadow.mkdir(exist_ok=True)
-    (shadow / "torch.py").write_text("raise ImportError")  # tensorboardX imports it where it is there: seconds of every process
-    return os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": f"{ROOT}:{shadow}"} | more
+    return os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)} | more
 
 
 class Running:
@@ -82,7 +79,7 @@ class Running:
 def launched(folder, name, processes, arguments, options=(), **more):
     """The launcher of so many processes of two devices."""
     arguments = ["dgpo_jax.launch", f"--processes={processes}", *options, "--", *arguments]
-    return Running(folder / f"{name}.log", arguments, environment(folder, 2, **more))
+    return Running(folder / f"{name}.log", arguments, environment(2, **more))
 
 
 def without_launcher(folder, name, processes, arguments):
@@ -91,7 +88,7 @@ def without_launcher(folder, name, processes, arguments):
     return [
         Running(
             folder / f"{name}.{index}.log", arguments,
-            environment(folder, 2, JAX_COORDINATOR_ADDRESS=address, DGPO_JAX_PROCESSES=str(processes), DGPO_JAX_PROCESS=str(index)),
+            environment(2, JAX_COORDINATOR_ADDRESS=address, DGPO_JAX_PROCESSES=str(processes), DGPO_JAX_PROCESS=str(index)),
         )
         for index in range(processes)
     ]  # fmt: skip
@@ -149,7 +146,7 @@ def one(folder, two):
         if checkpoint.name > "iteration_000002":
             shutil.rmtree(checkpoint)
     runs = [f"--workdir={folder}/one_even", FEW, "/", f"--workdir={folder}/one_uneven", *UNEVEN, "/", f"--workdir={folder}/gone_on", FEW]
-    process = Running(folder / "one.log", ["tests.tiny_hosts", *runs], environment(folder, 4))
+    process = Running(folder / "one.log", ["tests.tiny_hosts", *runs], environment(4))
     assert process.ends() == 0, process.said()
     return folder
 

@@ -16,6 +16,7 @@ from dgpo_jax.config import Config
 
 FIRST = ("rollout/entropy", "rollout/response_length")  # remembered from the first iteration that has them
 ENTROPY_SHARE = 0.1  # of the first iteration's
+SOLVED = 0.9  # mean score
 GROWTH = 2.0  # of the mean length, since the first iteration
 IN_A_ROW = 3  # iterations
 ROUNDING = {"float32": 1e-3, "bfloat16": 0.2}  # largest error of the first ratio
@@ -85,7 +86,7 @@ class Health:
         """Nothing is explored any more."""
         entropy, first = numbers.get("rollout/entropy", math.nan), self._first.get("rollout/entropy", 0.0)
         lowest = max(self.config.guard.min_entropy, ENTROPY_SHARE * first)
-        if entropy < lowest:
+        if entropy < lowest and numbers.get("reward/score", 0.0) < SOLVED:  # who is right nearly always has nothing to find
             return (
                 f"entropy collapse: rollout/entropy is {entropy:.3g} nats per token, below {lowest:.3g} (guard.min_entropy ="
                 f" {self.config.guard.min_entropy}; the first iteration had {first:.3g}). Likely the policy always answers the same and"

@@ -67,6 +67,7 @@ def test_each_sign_is_said_where_it_begins_and_alone(sign):
 
 @pytest.mark.parametrize("lines", [
     [{}] * 3,
+    [{}, {"rollout/entropy": 0.009, "reward/score": 0.95}],  # a problem that is solved has one answer
     [{"rollout/entropy": 0.061}, {"rollout/entropy": 0.0101}],  # a policy that never had much entropy has not lost it
     [{}, {"rollout/response_length": 250.0}],  # longer and longer, yet they end
     [{"reward/score": 0.0}, {"reward/score": 0.0}, {}, {"reward/score": 0.0}],  # not three in a row

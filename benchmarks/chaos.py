@@ -36,7 +36,7 @@ from same_runs import count_compared, differences, saved_places  # noqa: E402
 
 from dgpo_jax.config import Config, load  # noqa: E402
 from dgpo_jax.metrics import read_metrics  # noqa: E402
-from dgpo_jax.stopping import STOPPED_EARLY  # noqa: E402
+from dgpo_jax.processes import STOPPED_EARLY  # noqa: E402
 
 SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
 # Before a process has Python's handlers it dies of the signal; before anything has begun, Ctrl-C is only Python's.

@@ -24,10 +24,9 @@ from jax.sharding import Mesh
 
 from dgpo_jax import activity
 from dgpo_jax.config import HostsConfig
+from dgpo_jax.processes import ADDRESS, COUNT, INDEX
 from dgpo_jax.sharding import MESH_AXES
 
-# What `dgpo_jax.launch` tells the processes that it starts; JAX_COORDINATOR_ADDRESS is JAX's own name.
-ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "DGPO_JAX_PROCESSES", "DGPO_JAX_PROCESS"
 FAREWELL_S = 3.0  # that a process which found an error waits for others which may have found the same
 _SIGNS_OF_LOSS = (
     "gloo", "coordination", "heartbeat", "connection closed", "connection reset", "socket closed", "remote process exited",

@@ -24,13 +24,11 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from dgpo_jax.processes import describe_code, tied
+from dgpo_jax.processes import ADDRESS, COUNT, INDEX, NOTHING_MOVED, STOPPED_EARLY, describe_code, tied
 
-ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "DGPO_JAX_PROCESSES", "DGPO_JAX_PROCESS"  # as in hosts.py, which needs JAX
 POLL_S = 0.05
 READ_S = 5.0  # for what an ended process said last; a process that it left behind may hold the pipe open for ever
 FOLLOW_S = 10.0  # that the others have to end by themselves when one has ended with an error of its own
-STOPPED_EARLY = 75  # as in stopping.py
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ def run_once(options: Options, command: list[str]) -> tuple[int, bool]:
     failed = next((code for code in codes if code), 0)
     if told and failed == -signal.SIGTERM:  # it had not come as far as to have something to save
         failed = STOPPED_EARLY
-    killed = failed < 0 or failed in (128 + signal.SIGABRT, 76)
+    killed = failed < 0 or failed in (128 + signal.SIGABRT, NOTHING_MOVED)
     return (128 - failed if failed < 0 else failed), killed and not told
 
 

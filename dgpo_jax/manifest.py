@@ -4,13 +4,14 @@ Checksums are CRC-32: they find all damage within four bytes in a row and all bu
 accident, at twice the speed of SHA-256.
 """
 
-import errno
 import json
 import os
 import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
+
+from dgpo_jax.files import make_durable, write_whole
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 16 * 2**20  # read at a time: large enough that the checksum leaves Python free to train
@@ -20,26 +21,8 @@ def write_manifest(path: Path) -> None:
     """Records every file of the folder, makes them durable, and only then puts the manifest in place."""
     sums = checksums(sorted(file for file in path.rglob("*") if file.is_file()), durable=True)
     manifest = {str(file.relative_to(path)): (file.stat().st_size, checksum) for file, checksum in sums.items()}
-    temporary = path / f"{MANIFEST}.partial"
-    with open(temporary, "w") as file:
-        json.dump(manifest, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path / MANIFEST)
-    folders = [folder for folder in path.rglob("*") if folder.is_dir()]
-    for folder in (*folders, path, path.parent):  # names live in folders: without this a power cut may lose a file
-        _make_names_durable(folder)
-
-
-def _make_names_durable(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno != errno.EINVAL:  # what network file systems answer that keep names durable by themselves
-            raise
-    finally:
-        os.close(handle)
+    write_whole(path / MANIFEST, json.dumps(manifest, indent=1))
+    make_durable(*(folder for folder in path.rglob("*") if folder.is_dir()), path, path.parent)
 
 
 def find_flaw(path: Path, read_only: tuple[str, ...] | None = None, must_list: tuple[str, ...] = ()) -> str | None:

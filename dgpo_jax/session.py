@@ -16,9 +16,10 @@ from dgpo_jax.data.prompts import Template
 from dgpo_jax.data.tokenizers import Tokenizer
 from dgpo_jax.flags import set_flags
 from dgpo_jax.metrics import MetricsWriter, NoMetrics
-from dgpo_jax.stopping import STOPPED_EARLY, Stop, Stopping
+from dgpo_jax.processes import NOTHING_MOVED, STOPPED_EARLY
+from dgpo_jax.stopping import Stop, Stopping
 from dgpo_jax.types import Problem
-from dgpo_jax.watchdog import NOTHING_MOVED, Watchdog
+from dgpo_jax.watchdog import Watchdog
 
 CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
 

@@ -21,7 +21,6 @@ from jax.experimental import multihost_utils
 
 from dgpo_jax import activity, hosts
 
-STOPPED_EARLY = 75  # exit code; EX_TEMPFAIL of sysexits.h: try again later
 CHUNKS = 4096  # questions that a rollout counts as; one of more chunks asks no more
 FINISHING_SHARE = 0.5  # of the grace period may go into finishing; the rest is for the checkpoint
 

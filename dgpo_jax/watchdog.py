@@ -15,8 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dgpo_jax import activity
-
-NOTHING_MOVED = 76  # exit code, of a process that the watchdog ended
+from dgpo_jax.processes import NOTHING_MOVED
 
 
 class Watchdog(threading.Thread):

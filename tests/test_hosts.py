@@ -23,8 +23,8 @@ from jax._src import distributed
 from dgpo_jax import hosts, train
 from dgpo_jax.config import HostsConfig, load, to_json
 from dgpo_jax.launch import free_port
+from dgpo_jax.processes import STOPPED_EARLY
 from dgpo_jax.recipe import resolve
-from dgpo_jax.stopping import STOPPED_EARLY
 
 ROOT = Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'tests/tiny_hosts.py'}"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_jax.stopping import STOPPED_EARLY
+from dgpo_jax.processes import STOPPED_EARLY
 
 ROOT = Path(__file__).parent.parent
 DEADLINE_S = 60

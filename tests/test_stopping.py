@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import pytest
 
 from dgpo_jax import stopping
-from dgpo_jax.stopping import STOPPED_EARLY, Stop, Stopping
+from dgpo_jax.processes import STOPPED_EARLY
+from dgpo_jax.stopping import Stop, Stopping
 
 ROOT = Path(__file__).parent.parent
 

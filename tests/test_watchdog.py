@@ -8,7 +8,8 @@ import time
 import pytest
 
 from dgpo_jax import activity
-from dgpo_jax.watchdog import NOTHING_MOVED, Watchdog
+from dgpo_jax.processes import NOTHING_MOVED
+from dgpo_jax.watchdog import Watchdog
 
 
 def wait_for(condition, seconds=10.0):

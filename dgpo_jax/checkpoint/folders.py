@@ -1,6 +1,6 @@
 """The folders that checkpoints are in: their names, which of them are sound, which are kept, and how one goes. No JAX.
 
-`checkpoint.py` says what is in one. Here all is done by one process, whatever the number that train.
+`saving.py` says what is in one. Here all is done by one process, whatever the number that train.
 """
 
 import errno
@@ -68,8 +68,8 @@ def newest_finished(directory: Path) -> int | None:
 def flaw_of(path: Path, read_only: tuple[str, ...] | None = None) -> str | None:
     """Why this checkpoint must not be used; None if it is sound. `read_only` as in `find_flaw`."""
     flaw = find_flaw(path, read_only, must_list=(DETAILS,))
-    if flaw is None and read_details(path).get("iteration") != int(NAME.fullmatch(path.name)[1]):
-        return f"it is not of this iteration: {DETAILS} says {read_details(path).get('iteration')}, the folder was renamed or copied"
+    if flaw is None and (iteration := read_details(path).get("iteration")) != int(NAME.fullmatch(path.name)[1]):
+        return f"it is not of this iteration: {DETAILS} says {iteration}, the folder was renamed or copied"
     return flaw
 
 

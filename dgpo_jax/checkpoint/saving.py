@@ -31,7 +31,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from dgpo_jax import activity, hosts
-from dgpo_jax.checkpoint.arrays import by_name, describe, read_host_arrays, read_params, require_same_arrays
+from dgpo_jax.checkpoint.arrays import by_name, describe, read_host_arrays, require_same_arrays
 from dgpo_jax.checkpoint.folders import (
     ARRAYS,
     HOST_ARRAYS,
@@ -42,9 +42,7 @@ from dgpo_jax.checkpoint.folders import (
     finished_by_iteration,
     in_words,
     list_flaws,
-    locate,
     newest_finished,
-    peek,
     read_details,
     read_score,
     remove_busy,
@@ -298,6 +296,3 @@ class Checkpoints:
 def _is_news(record: logging.LogRecord) -> bool:
     """Of a write that failed Orbax logs three tracebacks, a screen each; our own line says what failed."""
     return not any(text in str(record.msg) for text in ("_SignalingThread.run() raised", "Handler Commit operations or the Commit callback"))
-
-
-__all__ = ["Checkpoints", "Restored", "locate", "peek", "read_params"]

@@ -20,7 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from dgpo_jax.config import ModelConfig, require
-from dgpo_jax.files import alone_in
+from dgpo_jax.files import alone_in, make_durable
 from dgpo_jax.models.hf import INDEX, SINGLE
 from dgpo_jax.models.parameters import Parameter, parameter_count, table
 
@@ -226,14 +226,6 @@ def require_room(output: Path, size: int) -> None:
             f"--output {output}: {(size + OTHER_BYTES) / 1e9:.2f} GB will be written and {free / 1e9:.2f} GB are free;"
             " make room, choose another place, or halve it with --dtype=bfloat16."
         )
-
-
-def make_durable(*paths: Path) -> None:
-    """A power cut then loses neither these files nor, of folders, the names in them."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 def write_json(path: Path, settings: dict) -> None:

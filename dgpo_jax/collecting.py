@@ -6,7 +6,7 @@ what is left over waits for the next iteration. With a staleness of S the queue 
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from dgpo_jax.rl.advantages import alike
 from dgpo_jax.rl.drawing import TRAINING, Draw
 from dgpo_jax.rl.experience import by_group, group_count, join, newest, no_groups, select
 from dgpo_jax.rl.kl import kl_estimate
-from dgpo_jax.rl.update import Programs
+from dgpo_jax.rl.update import Programs, StepFigures, Totals
 from dgpo_jax.rollout import Responses, build_sampling, make_rollout, to_rows
 from dgpo_jax.rollout import join as join_responses
 from dgpo_jax.session import Stopwatch
@@ -37,6 +37,14 @@ class Backlog(NamedTuple):
 
     position: int  # problems of the stream drawn so far
     waiting: Experience  # sampled and not yet learned from, oldest first
+
+
+class Collected(NamedTuple):
+    """What an iteration learns from, and how far it has come with that."""
+
+    experience: Experience  # Q groups
+    metrics: dict[str, Any]
+    results: Sequence[tuple[Totals, StepFigures]] = ()  # of the updates that are made, on the host
 
 
 class Checked(NamedTuple):
@@ -71,7 +79,7 @@ def build_rollout(config: Config, parts: Parts, stopping: Stopping | None = None
 def make_collect(
     config: Config, parts: Parts, programs: Programs, rollout, decode_params, checkers: Checkers, reward, writer: MetricsWriter, reference
 ):  # fmt: skip
-    """Returns the function (params, Backlog, iteration, Stopwatch) -> (Experience of Q groups, Backlog, metrics).
+    """Returns the function (params, Backlog, iteration, Stopwatch) -> (Collected, Backlog).
 
     It writes the texts of the iteration. How many draws it takes depends on the answers alone, so that a run that is
     killed and goes on takes the same.
@@ -135,13 +143,14 @@ def make_collect(
         chosen = select(waiting, range(settings.prompts))
         backlog = Backlog(position, select(waiting, range(settings.prompts, group_count(waiting))))
         work = rollout_work(parts, [checked.experience for checked in draws])
-        return chosen, backlog, draw_metrics(config, draws) | work | gap | {
+        metrics = draw_metrics(config, draws) | work | gap | {
             "data/position": position,
             "rollout/draws": len(draws),
             "rollout/groups_filled_up": missing,
             "rollout/groups_waiting": group_count(backlog.waiting),
             "rollout/staleness": float(np.mean(iteration - chosen.iteration)),
         }
+        return Collected(chosen, metrics), backlog
 
     return collect
 

@@ -39,6 +39,7 @@ from dgpo_jax.comparison_plots import Weights, plot_comparison, plot_weights
 from dgpo_jax.files import alone_in
 from dgpo_jax.methods import gradient_weights, trust_region
 from dgpo_jax.processes import Job, run_all, why_failed
+from dgpo_jax.restart import is_complete
 from dgpo_jax.session import say
 from dgpo_jax.workdir import claim_workdir
 
@@ -127,8 +128,7 @@ def has_begun(plan: Plan, run: Run) -> bool:
 
 def is_done(workdir: Path, iteration: int) -> bool:
     """Whether there is a checkpoint of the iteration, or of a later one."""
-    found = peek(workdir / "checkpoints")
-    return bool(found) and found[0] >= iteration
+    return is_complete(peek(workdir / "checkpoints"), iteration)
 
 
 def copy_warm_start(source: Path, workdir: Path) -> None:

@@ -1,6 +1,7 @@
 """What an iteration learns from its experience: advantages to packed rows to optimizer steps to figures."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import jax
@@ -27,15 +28,30 @@ from dgpo_jax.rl.packing import (
 from dgpo_jax.rl.suspects import suspect_rows
 from dgpo_jax.rl.update import LOSS_MAXIMA, LOSS_SUMS, Programs, StepFigures, Totals, take_marked_update
 from dgpo_jax.sharding import rows_here, to_device, to_host
+from dgpo_jax.stopping import Stop
 from dgpo_jax.types import Experience, TrainBatch, TrainState
+
+
+class StoppedAmid(Stop):
+    """The run ends between two updates; with all that `learn` needs to go on there.
+
+    Args:
+        experience: with the old log-probabilities that the updates which are left will be compared with.
+        results: (Totals, StepFigures) of each update of the iteration so far, on the host.
+        skipped: updates skipped in a row.
+    """
+
+    def __init__(self, state: TrainState, experience: Experience, results: Sequence[tuple[Totals, StepFigures]], skipped: int):
+        super().__init__()
+        self.state, self.experience, self.results, self.skipped = state, experience, results, skipped
 
 
 def learn(
     config: Config, parts: Parts, programs: Programs, state: TrainState, experience: Experience, advantages, iteration,
-    reference=None, skipped: int = 0, report: Callable[[list[dict]], None] = lambda rows: None,
-    between: Callable[[], object] = lambda: None,
+    reference=None, skipped: int = 0, results: Sequence[tuple[Totals, StepFigures]] = (),
+    report: Callable[[list[dict]], None] = lambda rows: None, between: Callable[[], object] = lambda: None,
 ):  # fmt: skip
-    """All updates of one iteration.
+    """All updates of one iteration, or those that a stop amid them has left.
 
     Args:
         experience: of rollout.prompts groups.
@@ -43,32 +59,43 @@ def learn(
         iteration: counts from 1.
         reference: params of the weights that the run started from; read only by a KL in the loss.
         skipped: updates skipped in a row just before.
+        results: of the updates that are in `state` already, as of StoppedAmid.
         report: is given the sequences to look at (`skipped_rows`) if an update was skipped, and not called otherwise.
-        between: called before each update; what it raises ends them, and `state` is then gone unless it was the first.
+        between: called before each update; may raise Stop.
     Returns:
         (TrainState, metrics).
+    Raises:
+        StoppedAmid: where `between` says so. `state` is gone, as it is afterwards.
     """
     plans = plan_minibatches(config, parts, experience, advantages, iteration)
     minibatches, gaps = complete_minibatches(config, parts, programs, state.params, reference, plans)
     rate = to_device(np.float32(learning_rate(config.optimizer, iteration - 1)), parts.shardings.scalar)
-    results, marks = [], []
-    for batches in minibatches:
-        if len(results) > 1:  # no more than one update ahead of the device: `between` is asked while there is something to drop
-            jax.block_until_ready(results[-2][1])
-        between()
+    before, made, marks, stop = len(results), [], [], None
+    for batches in islice(minibatches, before, None):
+        if len(made) > 1:  # no more than one update ahead of the device: `between` is asked while there is something to drop
+            jax.block_until_ready(made[-2][1])
+        try:
+            between()
+        except Stop as asked:
+            stop = asked
+            break
         state, totals, figures, marked = take_marked_update(programs, state, batches, rate)
-        results.append((totals, figures))
+        made.append((totals, figures))
         marks.append(marked)
-    results, gaps, rate = to_host((results, gaps, rate))
+    made, gaps, rate = to_host((made, gaps, rate))
+    results = [*results, *made]
     layouts = [plan.layout for plan in plans]
     # Weights that overflow in the sampler give responses that are all alike: then there is no token to see it by in an update.
     unsound = not np.isfinite(experience.rollout.logprobs[experience.rollout.response_mask]).all()
-    for _, figures in results:
+    for _, figures in made:
         skipped = skipped + 1 if figures.skipped or unsound else 0
-    if any(figures.skipped for _, figures in results):
-        left_out = [bool(figures.skipped) for _, figures in results]
-        scored = minibatches if config.update.old_logprobs == "trainer" else None
-        report(skipped_rows(parts, experience, plans, left_out, marks, scored))
+    scored = minibatches if config.update.old_logprobs == "trainer" else None
+    left_out = {before + number: marked for number, (marked, (_, figures)) in enumerate(zip(marks, made, strict=True)) if figures.skipped}
+    if left_out:
+        report(skipped_rows(parts, experience, plans, left_out, scored))
+    if stop is not None:
+        known = experience if scored is None else with_old_logprobs(experience, plans, scored)
+        raise StoppedAmid(state, known, results, skipped) from stop
     fresh = bool((experience.iteration == iteration).all())
     terms = {"kl_ref": config.kl.in_loss, "supervised": config.loss.supervised > 0}
     metrics = policy_metrics(results, fresh, [name for name, used in terms.items() if used])
@@ -80,20 +107,29 @@ def learn(
     return state, metrics
 
 
-def skipped_rows(parts: Parts, experience: Experience, plans: Sequence["Plan"], skipped, marks, scored=None) -> list[dict]:
+def skipped_rows(parts: Parts, experience: Experience, plans: Sequence["Plan"], skipped: Mapping[int, list], scored=None) -> list[dict]:
     """What to look at of the updates that were skipped, a dict for each sequence; see `suspects.suspect_rows`.
 
     Args:
-        skipped: bool per update.
-        marks: per update those of its microbatches, on the device.
+        skipped: {number of an update, from 0: Marks of its microbatches, on the device}.
         scored: per update the TrainBatches with the old log-probabilities that the host lacks; None = it lacks none.
     """
     found = []
-    for number in np.flatnonzero(skipped):
+    for number, marks in skipped.items():
         old_logprobs = None if scored is None else to_host([batch.old_logprobs for batch in scored[number]])
-        rows = suspect_rows(experience, *plans[number], to_host(marks[number]), parts.tokenizer.decode, old_logprobs)
-        found += [{"update": int(number) + 1} | row for row in rows]
+        rows = suspect_rows(experience, *plans[number], to_host(marks), parts.tokenizer.decode, old_logprobs)
+        found += [{"update": number + 1} | row for row in rows]
     return found
+
+
+def with_old_logprobs(experience: Experience, plans: Sequence["Plan"], minibatches: Sequence[list[TrainBatch]]) -> Experience:
+    """With those that the minibatches have, of the weights before the first update; NaN stays where nothing is learned from."""
+    logprobs = experience.old_logprobs.copy()
+    for plan, batches in zip(plans, minibatches, strict=True):
+        scored = unpack(to_host([batch.old_logprobs for batch in batches]), plan.examples, plan.layout)
+        for row, values in zip(plan.rows, scored, strict=True):
+            logprobs[row, : len(values)] = values
+    return experience._replace(old_logprobs=logprobs)
 
 
 def compute_advantages(config: Config, experience: Experience) -> np.ndarray:
@@ -226,6 +262,8 @@ def score_waiting(config: Config, parts: Parts, programs: Programs, params, wait
         return waiting
     needed = to_compute(config, waiting, compute_advantages(config, waiting))
     rows = np.flatnonzero(needed & np.isnan(waiting.old_logprobs[:, 0]))
+    if not len(rows):
+        return waiting
     logprobs = score_responses(config, parts, programs, params, waiting, rows)
     return waiting._replace(old_logprobs=np.where(np.isnan(logprobs), waiting.old_logprobs, logprobs))
 

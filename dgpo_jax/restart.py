@@ -1,14 +1,22 @@
-"""Where a run stands between two iterations, as a checkpoint keeps it. `train` and `sft` write it, `train` goes on from it."""
+"""Where a run stands, as a checkpoint keeps it: between two iterations, or amid the updates of one.
 
-from collections.abc import Mapping
+A checkpoint amid updates, which only a stop leaves, has the number of their iteration: the whole iteration's will take its
+place, and the one before, which may be the best, keeps its own.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import jax
+import numpy as np
 
 from dgpo_jax import activity
 from dgpo_jax.build import Parts, abstract_state
 from dgpo_jax.checkpoint import Checkpoints
-from dgpo_jax.collecting import Backlog, nothing_drawn
+from dgpo_jax.collecting import Backlog, Collected, nothing_drawn
 from dgpo_jax.config import Config
 from dgpo_jax.rl.experience import from_arrays, group_count, to_arrays
+from dgpo_jax.rl.update import StepFigures, Totals
 from dgpo_jax.types import TrainState
 
 
@@ -20,6 +28,7 @@ class Progress(NamedTuple):
     skipped: int  # updates skipped in a row
     backlog: Backlog
     unwritten: dict[str, Any] | None = None  # metrics of the last iteration, if its evaluation was not finished
+    collected: Collected | None = None  # of the next iteration, if its updates have begun; `state` and `backlog` are then amid it
 
 
 def at_the_start(config: Config, state: TrainState) -> Progress:
@@ -36,11 +45,16 @@ def save(checkpoints: Checkpoints, progress: Progress, record: Mapping[str, Any]
     """
     extra = {
         "skipped_in_a_row": progress.skipped, "position": progress.backlog.position, "unwritten": progress.unwritten,
-        "run": dict(record),
+        "collected": progress.collected and progress.collected.metrics, "run": dict(record),
     }  # fmt: skip
-    waiting = progress.backlog.waiting
-    arrays = to_arrays(waiting) if group_count(waiting) else None
-    checkpoints.save(progress.done, progress.state, extra, arrays, score=score)
+    arrays, number = {}, progress.done
+    if group_count(progress.backlog.waiting):
+        arrays |= prefixed("waiting", to_arrays(progress.backlog.waiting))
+    if progress.collected:
+        arrays |= prefixed("experience", to_arrays(progress.collected.experience))
+        arrays |= prefixed("results", results_to_arrays(progress.collected.results))
+        number += 1
+    checkpoints.save(number, progress.state, extra, arrays, score=score)
 
 
 def restore(config: Config, parts: Parts, checkpoints: Checkpoints) -> Progress | None:
@@ -53,6 +67,47 @@ def restore(config: Config, parts: Parts, checkpoints: Checkpoints) -> Progress 
         restored = checkpoints.restore(abstract_state(parts))
     if restored is None:
         return None
-    done, state, extra, arrays = restored
-    waiting = from_arrays(arrays) if arrays else nothing_drawn(config).waiting
-    return Progress(done, state, extra["skipped_in_a_row"], Backlog(extra["position"], waiting), extra.get("unwritten"))
+    number, state, extra, arrays = restored
+    waiting = without_prefix("waiting", arrays)
+    backlog = Backlog(extra["position"], from_arrays(waiting) if waiting else nothing_drawn(config).waiting)
+    progress = Progress(number, state, extra["skipped_in_a_row"], backlog, extra["unwritten"])
+    if extra["collected"] is None:
+        return progress
+    experience, results = from_arrays(without_prefix("experience", arrays)), results_from_arrays(without_prefix("results", arrays))
+    return progress._replace(done=number - 1, collected=Collected(experience, extra["collected"], results))
+
+
+def is_complete(found: tuple[int, dict] | None, iterations: int) -> bool:
+    """Whether the newest checkpoint, as from `peek`, is of a run that has done so many iterations and written all there is of them."""
+    if found is None:
+        return False
+    number, extra = found
+    amid = extra.get("unwritten") is not None or extra.get("collected") is not None
+    return number - amid >= iterations
+
+
+def prefixed(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """{"name": ...} as {"prefix/name": ...}."""
+    return {f"{prefix}/{name}": array for name, array in arrays.items()}
+
+
+def without_prefix(prefix: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The other way round; leaves out what does not have it."""
+    return {name.removeprefix(f"{prefix}/"): array for name, array in arrays.items() if name.startswith(f"{prefix}/")}
+
+
+def results_to_arrays(results: Sequence[tuple[Totals, StepFigures]]) -> dict[str, np.ndarray]:
+    """The figures of N updates, one array [N, ...] for each; empty of none."""
+    if not results:
+        return {}
+    totals, figures = jax.tree.map(lambda *values: np.stack(values), *results)
+    return prefixed("sums", totals.sums) | prefixed("maxima", totals.maxima) | prefixed("figures", figures._asdict())
+
+
+def results_from_arrays(arrays: Mapping[str, np.ndarray]) -> list[tuple[Totals, StepFigures]]:
+    """The other way round."""
+    if not arrays:
+        return []
+    sums, maxima, figures = (without_prefix(name, arrays) for name in ("sums", "maxima", "figures"))
+    stacked = Totals(sums, maxima), StepFigures(**figures)
+    return [jax.tree.map(lambda values, number=number: values[number], stacked) for number in range(len(figures["skipped"]))]

@@ -5,8 +5,10 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import jax
 
@@ -142,11 +144,17 @@ class Stopwatch:
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def take(self) -> dict[str, float]:
-        """The seconds since the last call, as metrics; those of compilation are inside the other parts too."""
-        seconds, self.seconds = self.seconds, {}
+    def take(self, earlier: Mapping[str, Any] = MappingProxyType({})) -> dict[str, float]:
+        """The seconds since the last call, as metrics; those of compilation are inside the other parts too.
+
+        Args:
+            earlier: metrics of the same iteration from before it was interrupted; their times are added.
+        """
+        seconds, self.seconds = {f"time/{name}": value for name, value in self.seconds.items()}, {}
         compiling, self._compiling = self._compiling, 0.0
-        return {f"time/{name}": value for name, value in seconds.items()} | {"time/compile": compiling}
+        earlier = {name: value for name, value in earlier.items() if name.startswith("time/")}
+        seconds |= {"time/compile": compiling}
+        return seconds | {name: seconds.get(name, 0.0) + value for name, value in earlier.items()}
 
 
 def memory_metrics() -> dict[str, float]:

@@ -3,7 +3,8 @@
 Whoever works asks at the points where work can be dropped: `chunk` between two chunks of decoding, `drawn` after a
 rollout, `update` between two optimizer steps, `boundary` between two iterations. Once the run is to stop, the first of them
 decides: if the rest of the iteration fits into the time that is left, it is finished, and `boundary` raises `Stop`; else
-`Stop` is raised at once, and the iteration under way is dropped. Either way it goes up to the loop of `train`, which saves.
+`Stop` is raised at once: a rollout or an evaluation under way is dropped, the updates made so far are kept. Either way it
+goes up to the loop of `train`, which saves.
 
 One process has Python's signal handlers. Several must stop at the same point although a signal may reach one of them only:
 JAX's preemption service agrees on the number of a question that all of them still have before them
@@ -46,6 +47,7 @@ class Stopping:
         self._chunks = 0  # asked about in this rollout
         self._finishing = False  # the rest of the iteration is known to fit
         self._iteration: float | None = None  # when the one under way began
+        self._whole = True  # it began at its beginning
         self._seconds: float | None = None  # that the one before took, evaluation and all
         self._handlers = {}  # before ours
 
@@ -97,11 +99,15 @@ class Stopping:
         """Between two optimizer steps. May raise Stop."""
         self._ask()
 
-    def boundary(self) -> None:
-        """Before an iteration, and after the last one. Raises Stop where no other should begin."""
+    def boundary(self, whole: bool = True) -> None:
+        """Before an iteration, and after the last one. Raises Stop where no other should begin.
+
+        Args:
+            whole: False = a part of it was done before a restart, so that its time says nothing about the next one's.
+        """
         now = time.monotonic()
-        self._seconds = now - self._iteration if self._iteration is not None else None
-        self._iteration = now
+        self._seconds = now - self._iteration if self._iteration is not None and self._whole else None
+        self._iteration, self._whole = now, whole
         self._finishing = True  # nothing is under way
         self._ask()
         if not self.reason and self._limit:
@@ -126,7 +132,8 @@ class Stopping:
             self._finishing = True
 
     def _fits(self) -> bool:
-        """Whether the iteration under way will end in time, if it takes as long as the one before."""
+        """Whether the iteration under way will end in time, if it takes as long as the one before; unknown once it has taken longer."""
         if self._seconds is None or self._iteration is None:
             return False
-        return self._iteration + self._seconds < self._signalled + FINISHING_SHARE * self._grace
+        end = self._iteration + self._seconds
+        return time.monotonic() < end < self._signalled + FINISHING_SHARE * self._grace

@@ -36,18 +36,18 @@ from dgpo_jax.build import (
     make_decode_params,
 )
 from dgpo_jax.checkpoint import Checkpoints, locate, peek, read_params
-from dgpo_jax.collecting import build_rollout, make_collect
+from dgpo_jax.collecting import Collected, build_rollout, make_collect
 from dgpo_jax.compiling import compile_run, rollout_programs, update_programs
 from dgpo_jax.config import Config
 from dgpo_jax.evaluation.in_training import make_evaluation
 from dgpo_jax.health import Health
-from dgpo_jax.learning import compute_advantages, learn, score_waiting
+from dgpo_jax.learning import StoppedAmid, compute_advantages, learn, score_waiting
 from dgpo_jax.metrics import MetricsWriter, NoMetrics, progress, read_metrics, write_lines
 from dgpo_jax.plan import print_plan
 from dgpo_jax.plots import plot_curves
 from dgpo_jax.profiling import profiled
 from dgpo_jax.recipe import published, resolve
-from dgpo_jax.restart import Progress, at_the_start, restore, save
+from dgpo_jax.restart import Progress, at_the_start, is_complete, restore, save
 from dgpo_jax.rewarding import make_rewards
 from dgpo_jax.rewards.checkers import Checkers
 from dgpo_jax.rl.update import Programs
@@ -91,7 +91,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
     config = resolve(config)
     with ExitStack() as stack:
         found = claim(stack, config, workdir)
-        if found and found[0] >= config.iterations > 0 and not found[1].get("unwritten"):
+        if config.iterations and is_complete(found, config.iterations):
             return nothing_to_do(config, workdir, found[0])
         stopping = stack.enter_context(Stopping(config.grace_seconds, config.stop_after_minutes * 60))
         stack.enter_context(watchdog(config, workdir, stopping))
@@ -115,7 +115,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
         now = find_start(config, parts, checkpoints, workdir, record, stopping)
         reference = find_reference(config, parts, workdir)
-        writer = stack.enter_context(open_writer(workdir, resume_iteration=next_line(now), sampled=now.done + 1))
+        writer = stack.enter_context(open_writer(workdir, resume_iteration=next_line(now), sampled=next_rollout(now)))
         health = Health(config, parts.model.compute_dtype.name)
         health.replay(read_metrics(workdir / "metrics.jsonl") if hosts.is_first() else [])
         health.replay([{"iteration": now.done} | now.unwritten] if now.unwritten else [])
@@ -153,28 +153,33 @@ def iterate(run: Run, now: Progress, compiling: float) -> None:
         elif not now.done:
             evaluation(run, now, {"time/compile_ahead": compiling}, due=True)
         for iteration in range(now.done + 1, config.iterations + 1):
-            run.stopping.boundary()
+            run.stopping.boundary(whole=now.collected is None)
             with profiled(config, run.workdir, iteration), activity.doing(f"iteration {iteration}"), stopwatch("iteration"):
                 # Act 1, collect: the weights as they are answer prompts, worker processes check the answers.
-                experience, backlog, collected = run.collect(now.state.params, now.backlog, iteration, stopwatch)
+                if now.collected is None:  # else a stop amid the updates has left it
+                    collected, backlog = run.collect(now.state.params, now.backlog, iteration, stopwatch)
+                    now = now._replace(collected=collected, backlog=backlog)
 
                 # Act 2, advantages: each response against the others of its group.
+                experience, collected, results = now.collected
                 advantages = compute_advantages(config, experience)
 
                 # Act 3, updates: several optimizer steps on shares of the groups.
                 with stopwatch("update"):
                     # What is learned from later needs the weights that sampled it, and these are about to change.
-                    waiting = score_waiting(config, parts, programs, now.state.params, backlog.waiting)
+                    waiting = score_waiting(config, parts, programs, now.state.params, now.backlog.waiting)
+                    now = now._replace(backlog=now.backlog._replace(waiting=waiting))
                     state, learned = learn(
-                        config, parts, programs, now.state, experience, advantages, iteration, run.reference, now.skipped,
+                        config, parts, programs, now.state, experience, advantages, iteration, run.reference, now.skipped, results,
                         report=lambda rows, iteration=iteration: report_skipped(run, iteration, rows), between=run.stopping.update,
                     )  # fmt: skip
 
-            metrics = collected | learned | update_work(config, parts, experience, advantages) | stopwatch.take() | memory_metrics()
+            metrics = collected | learned | update_work(config, parts, experience, advantages)
+            metrics |= stopwatch.take(earlier=collected) | memory_metrics()
             metrics |= speed_metrics(config, parts, metrics)
             for warning in run.health.warnings(iteration, metrics):
                 say(f"warning: {warning}")
-            now = Progress(iteration, state, learned["optim/skipped_in_a_row"], backlog._replace(waiting=waiting), metrics)
+            now = Progress(iteration, state, learned["optim/skipped_in_a_row"], now.backlog, metrics)
 
             # Act 4, evaluation: held-out problems, every so many iterations and after the last. It ends the line of metrics.
             last = iteration == config.iterations
@@ -189,6 +194,11 @@ def iterate(run: Run, now: Progress, compiling: float) -> None:
                 saved = now
             check_skipped(run, now.skipped)
             run.advance()
+    except StoppedAmid as stop:
+        metrics = now.collected.metrics | stopwatch.take(earlier=now.collected.metrics)
+        collected = Collected(stop.experience, metrics, stop.results)
+        save_early(run, now._replace(state=stop.state, skipped=stop.skipped, collected=collected), saved)
+        raise
     except Stop:
         save_early(run, now, saved)
         raise
@@ -224,7 +234,7 @@ def find_start(
     """Where the run goes on, by the precedence in this module's docstring."""
     restored = restore(config, parts, checkpoints)
     if restored is not None:
-        say(f"going on after iteration {restored.done} of {config.iterations}")
+        say(f"going on after {whereabouts(config, restored)}")
         return restored
     if not config.sft.updates:
         with activity.doing("reading or making weights"):
@@ -238,6 +248,17 @@ def find_start(
 def next_line(now: Progress) -> int:
     """The first iteration whose line of metrics this process will write; 0 is that of the evaluation before any update."""
     return now.done if now.unwritten or not now.done else now.done + 1
+
+
+def next_rollout(now: Progress) -> int:
+    """The first iteration whose responses this process will write."""
+    return now.done + 1 if now.collected is None else now.done + 2
+
+
+def whereabouts(config: Config, now: Progress) -> str:
+    """Up to where the run has come, in words."""
+    done = f"iteration {now.done} of {config.iterations}"
+    return done if now.collected is None else f"{done} and {len(now.collected.results)} of {config.update.updates} updates of the next"
 
 
 def find_reference(config: Config, parts: Parts, workdir: Path):
@@ -304,7 +325,8 @@ def report_skipped(run: Run, iteration: int, rows: list[dict]) -> None:
     path = run.workdir / "nonfinite" / f"iteration_{iteration:06d}.jsonl"
     say(f"warning: updates of iteration {iteration} were skipped, for something in them was not finite; their sequences are in {path}")
     if hosts.is_first():
-        write_lines(path, rows)
+        earlier = read_metrics(path) if path.exists() else []  # from before a stop amid the iteration's updates
+        write_lines(path, [row for row in earlier if row["update"] < rows[0]["update"]] + rows)
 
 
 def check_skipped(run: Run, skipped: int) -> None:
@@ -328,13 +350,13 @@ def save_early(run: Run, now: Progress, saved: Progress) -> None:
         saved: what the newest checkpoint holds.
     """
     reason = run.stopping.reason
-    if any(leaf.is_deleted() for leaf in jax.tree.leaves(now.state)):  # updates were under way, and they work in place
-        say(f"stopped ({reason}) amid updates that would not have ended in time: goes on after iteration {saved.done}")
+    if now.skipped and now is not saved:  # as in `needs_saving`
+        say(f"stopped ({reason}) while updates are being skipped, so nothing was saved: goes on after {whereabouts(run.config, saved)}")
         return
     if now is not saved:
         save(run.checkpoints, now, run.record)
         run.checkpoints.wait(required=True)
-    say(f"stopped ({reason}) and saved after iteration {now.done} of {run.config.iterations}; the same command goes on from there")
+    say(f"stopped ({reason}) and saved after {whereabouts(run.config, now)}; the same command goes on from there")
 
 
 def nothing_to_do(config: Config, workdir: Path, done: int) -> dict[str, float]:

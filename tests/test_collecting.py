@@ -34,8 +34,8 @@ def collect(rollout):
         )  # fmt: skip
         results, backlog = [], backlog or nothing_drawn(config)
         for iteration in range(first, first + iterations):
-            experience, backlog, metrics = once(f"weights {iteration}", backlog, iteration, Stopwatch(lambda part: None))
-            results.append((experience, backlog, metrics))
+            collected, backlog = once(f"weights {iteration}", backlog, iteration, Stopwatch(lambda part: None))
+            results.append((collected.experience, backlog, collected.metrics))
         return results
 
     return collect
@@ -262,7 +262,7 @@ def collect_charged(settings, scripts="rw wr"):
     parts, notebook, pool = make_parts(scripts.split()), Notebook(), ScriptedPool()
     reference, programs = unigram([0.25] * 4), build_programs(config, parts)
     collect = make_collect(config, parts, programs, ScriptedRollout(), lambda params: params, pool, make_rewards(config), notebook, reference)
-    experience, _, metrics = collect(unigram(), nothing_drawn(config), 1, Stopwatch(lambda part: None))
+    (experience, metrics, _), _ = collect(unigram(), nothing_drawn(config), 1, Stopwatch(lambda part: None))
     return experience, metrics, notebook.rows[1]
 
 

@@ -3,8 +3,10 @@
 tests/test_update.py has one device too, and other meshes: there, what decides that an update is skipped.
 """
 
+import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -12,15 +14,16 @@ import pytest
 from compilations import compilations
 from tiny_config import get_config
 
-from dgpo_jax import build
+from dgpo_jax import build, train
 from dgpo_jax.config import MeshConfig
 from dgpo_jax.data.prompts import encode_prompts
-from dgpo_jax.learning import learn
+from dgpo_jax.learning import StoppedAmid, learn
 from dgpo_jax.metrics import write_lines
 from dgpo_jax.recipe import resolve
 from dgpo_jax.rl.packing import Example, Layout, Place, Shape, split_groups
 from dgpo_jax.rl.suspects import LOGPROB, LOSS, Marks, extremes, find_suspects
 from dgpo_jax.sharding import to_device, to_host
+from dgpo_jax.stopping import Stop
 from dgpo_jax.types import Experience, Rollout
 
 ITERATION = 12
@@ -150,6 +153,40 @@ def test_a_gradient_that_overflows_names_its_microbatch(run):
     assert all(line["not_finite"] == ["gradient of the microbatch"] for line in lines)
     assert all(line["tokens_not_finite"] == 0 and line["first_token_not_finite"] is None for line in lines)
     assert max(lines, key=lambda line: abs(line["advantage"]))["group"] == 2  # which is what to look for
+
+
+def test_a_stop_after_a_skipped_update_reports_it_and_the_rest_of_the_iteration_does_not_again(run):
+    """The first update is broken, the second is after the restart, and broken too."""
+    first, second = (next(group for group in range(GROUPS) if update_of(group) == number) for number in (1, 2))
+    advantages, reports, asked = changed((first, 0), (second, 0), value=np.nan), [], itertools.count()
+
+    def between():
+        if next(asked) == 1:
+            raise Stop
+
+    def go_on(state, experience, **where):
+        return learn(
+            config_for(), run.parts, run.programs, state, experience, advantages, ITERATION, report=reports.append, **where
+        )
+
+    with pytest.raises(StoppedAmid) as caught:
+        go_on(run.state(), run.experience(), skipped=3, between=between)
+    stop = caught.value
+    assert stop.skipped == 4 and len(stop.results) == 1
+    state, metrics = go_on(stop.state, stop.experience, skipped=stop.skipped, results=stop.results)
+    assert metrics["optim/skipped"] == 2 and metrics["optim/skipped_in_a_row"] == 5
+    assert_same(state, run.start)
+    assert [{line["update"] for line in lines} for lines in reports] == [{1}, {2}]
+    _, _, (whole,) = run.learn(run.state(), advantages)
+    np.testing.assert_equal(reports[0] + reports[1], whole)  # with the same old log-probabilities
+
+
+def test_what_a_stop_amid_updates_has_left_of_the_reports_stays(tmp_path):
+    run = SimpleNamespace(workdir=tmp_path)
+    path = tmp_path / "nonfinite" / "iteration_000012.jsonl"
+    for rows in ([{"update": 1}, {"update": 2}], [{"update": 3}], [{"update": 3}, {"update": 4}]):  # the third after a kill
+        train.report_skipped(run, ITERATION, rows)
+    assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 
 def test_the_lines_are_read_back_from_their_file(run, tmp_path):

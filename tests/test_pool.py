@@ -233,10 +233,10 @@ def test_an_exception_in_the_trainer_closes_the_pool_at_once():
 @pytest.mark.parametrize("stop_first", [False, True])  # idle, and (as good as) in the middle of an answer
 def test_workers_die_with_a_trainer_that_is_killed(stop_first):
     script = (
-        "import time; from dgpo_jax.rewards.pool import VerifierPool, settled\n"
-        "pool = VerifierPool(workers=2); pool.score([('x+1', '\\\\boxed{1+x}'), ('y+1', '\\\\boxed{1+y}')])\n"
-        "while len(pool.worker_pids()) < 2: time.sleep(0.01)\n"
-        "print(*pool.worker_pids(), flush=True); time.sleep(60)"
+        "import time; from dgpo_jax.rewards.pool import VerifierPool\n"
+        "pools = [VerifierPool(workers=1), VerifierPool(workers=1)]\n"
+        "for pool in pools: pool.score([('x+1', '\\\\boxed{1+x}')])\n"  # so each worker is past its start, and tied
+        "print(*pools[0].worker_pids(), *pools[1].worker_pids(), flush=True); time.sleep(60)"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     pids = [int(pid) for pid in parent.stdout.readline().split()]

@@ -92,5 +92,11 @@ def test_the_stopwatch_counts_compilation_while_it_runs_and_no_longer():
         times = stopwatch.take()
         assert 0 < times["time/compile"] <= times["time/rollout"]
         assert stopwatch.take() == {"time/compile": 0.0}  # since the last call
+        with stopwatch("update"):
+            pass
+        # What an interrupted iteration took before counts too, and nothing else that it had measured.
+        earlier = {"time/rollout": 10.0, "time/update": 1.0, "time/compile": 3.0, "reward/mean": 0.5}
+        times = stopwatch.take(earlier)
+        assert times.pop("time/update") > 1.0 and times == {"time/rollout": 10.0, "time/compile": 3.0}
     compile_something(5)
     assert stopwatch.take() == {"time/compile": 0.0}  # its listener is gone

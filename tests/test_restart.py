@@ -1,4 +1,4 @@
-"""What a checkpoint keeps of a run between two iterations."""
+"""What a checkpoint keeps of a run between two iterations, and between two updates of one."""
 
 import functools
 
@@ -9,8 +9,9 @@ from tiny_config import get_config
 
 from dgpo_jax import build
 from dgpo_jax.checkpoint import Checkpoints, peek
-from dgpo_jax.collecting import Backlog, nothing_drawn
-from dgpo_jax.restart import Progress, at_the_start, restore, save
+from dgpo_jax.collecting import Backlog, Collected, nothing_drawn
+from dgpo_jax.restart import Progress, at_the_start, is_complete, restore, save
+from dgpo_jax.rl.update import StepFigures, Totals
 from dgpo_jax.sharding import make_mesh, to_host
 from dgpo_jax.types import Experience, Prompts, Rollout
 
@@ -62,6 +63,51 @@ def test_what_is_saved_comes_back(waits, unwritten, parts, tmp_path):
     np.testing.assert_equal(restored.unwritten, unwritten)
     iteration, extra = peek(tmp_path)
     assert (iteration, extra["position"], extra["run"]) == (4, 40, record)
+
+
+def figures_of(number):
+    """Of one update, no two numbers alike."""
+    values = iter(np.arange(100, dtype=np.float32) + number / 8)
+    sums = {"tokens": next(values), "histogram": np.array([next(values), next(values)])}
+    return Totals(sums, {"ratio": next(values)}), StepFigures(next(values), next(values))
+
+
+@pytest.mark.parametrize("updates", [0, 1, 3])
+@pytest.mark.parametrize("waits", [False, True])
+def test_an_iteration_saved_amid_its_updates_comes_back(waits, updates, parts, tmp_path):
+    state, waiting = build.build_state(CONFIG, parts), two_groups() if waits else nothing_drawn(CONFIG).waiting
+    learning = two_groups()._replace(iteration=np.array([5, 5], np.int32))
+    collected = Collected(learning, {"reward/mean": 0.1 + 0.2}, [figures_of(number) for number in range(updates)])
+    progress = Progress(4, state, 1, Backlog(40, waiting), collected=collected)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, progress._replace(collected=None), {})
+        save(checkpoints, progress, {})
+        checkpoints.wait()
+        restored = restore(CONFIG, parts, checkpoints)
+    assert (restored.done, restored.skipped, restored.backlog.position, restored.unwritten) == (4, 1, 40, None)
+    np.testing.assert_equal(restored.backlog, progress.backlog)
+    assert restored.collected.metrics == collected.metrics
+    ours, expected = restored.collected, collected
+    assert jax.tree.structure(ours.results) == jax.tree.structure(expected.results)
+    for one, other in zip(jax.tree.leaves(ours[::2]), jax.tree.leaves(expected[::2]), strict=True):
+        np.testing.assert_array_equal(one, other)
+        assert one.dtype == other.dtype  # sums over updates are taken in it
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration_000004", "iteration_000005"]
+
+
+@pytest.mark.parametrize(
+    "found, complete",
+    [
+        (None, False),
+        ((3, {"unwritten": None, "collected": None}), False),
+        ((4, {"unwritten": None, "collected": None}), True),
+        ((4, {"unwritten": {}, "collected": None}), False),  # its evaluation is missing
+        ((4, {"unwritten": None, "collected": {}}), False),  # these are updates of iteration 4
+        ((5, {"unwritten": None, "collected": {}}), True),
+    ],
+)
+def test_a_run_is_complete_when_all_there_is_of_its_iterations_is_written(found, complete):
+    assert is_complete(found, 4) is complete
 
 
 def test_without_a_checkpoint_there_is_nothing_to_restore(parts, tmp_path):

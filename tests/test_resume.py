@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -102,10 +103,10 @@ class StoppingAt(Stopping):
         if self.visits == self.visit and not self.reason:
             self.request(f"the test, {place}")
 
-    def boundary(self):
+    def boundary(self, whole=True):
         self.iteration, self.learning = self.iteration + 1, False
         self.come_to("boundary")
-        super().boundary()
+        super().boundary(whole)
 
     def chunk(self):
         self.come_to("evaluation" if self.learning or not self.iteration else "rollout")
@@ -150,6 +151,16 @@ def test_the_modes_reach_what_they_are_tested_for(whole_run_of):
     assert set(problems) - set(first) and set(problems) & set(first)  # the rest of one epoch, and the beginning of the next
 
 
+def where(workdir):
+    """What the newest checkpoint holds, in words."""
+    number, extra = peek(workdir / "checkpoints")
+    if extra["collected"] is None:
+        return f"after iteration {number}"
+    details = np.load(max((workdir / "checkpoints").glob(f"iteration_{number:06d}*")) / "host.npz")
+    updates = [array for name, array in details.items() if name == "results/figures/skipped"]
+    return f"after iteration {number - 1} and {len(updates[0]) if updates else 0} updates"
+
+
 def texts(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
@@ -159,9 +170,19 @@ def test_a_run_stopped_in_a_rollout_and_amid_updates_ends_as_if_it_had_not_been(
     whole, config = whole_run_of(mode)
     workdir = tmp_path / "run" if mode == COLD else begun(tmp_path / "run")
     stopped_at(config, workdir, "rollout", iteration=2)
-    assert peek(workdir / "checkpoints")[0] == 1  # what was under way is dropped, what was done is saved
-    stopped_at(config, workdir, "update", iteration=2)
-    assert peek(workdir / "checkpoints")[0] == 2  # the updates worked in place, so it is from before them
+    assert where(workdir) == "after iteration 1"  # what was under way is dropped, what was done is saved
+    responses = workdir / "rollouts/iteration_000002.jsonl"
+    stopped_at(config, workdir, "update", visit=1)
+    assert where(workdir) == "after iteration 1 and 0 updates"
+    sampled = responses.stat().st_mtime_ns
+    stopped_at(config, workdir, "update", visit=1)
+    assert where(workdir) == "after iteration 1 and 0 updates"  # of this start's own none
+    stopped_at(config, workdir, "update", visit=2)
+    assert where(workdir) == "after iteration 1 and 1 updates"
+    stopped_at(config, workdir, "rollout", iteration=2)
+    assert where(workdir) == "after iteration 2" and responses.stat().st_mtime_ns == sampled  # once
+    stopped_at(config, workdir, "update", iteration=2, visit=2)
+    assert where(workdir) == "after iteration 3 and 1 updates"  # of the last one, which is not done by that
     train.train(config, workdir)
     assert_same_end(workdir, whole, config)
 

@@ -67,6 +67,7 @@ def test_a_signal_between_two_iterations_ends_the_run_there(number, clock, capsy
         (20, 4, False),  # 16 s are left
         (60, 50, True),
         (60, 0, False),
+        (20, 25, False),  # it takes longer than the one before, nobody knows how much
     ],
 )
 def test_an_iteration_is_finished_if_the_rest_fits_into_half_of_the_grace_period(seconds, passed, finished, clock):
@@ -91,6 +92,16 @@ def test_the_first_iteration_is_dropped_since_nobody_knows_how_long_it_takes(clo
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Stop):
             stops.update()
+
+
+def test_an_iteration_begun_before_a_restart_says_nothing_about_how_long_the_next_one_takes(clock):
+    with Stopping(grace_seconds=30) as stops:
+        stops.boundary(whole=False)
+        clock.goes(5)  # that were left of it
+        stops.boundary()
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Stop):
+            stops.chunk()
 
 
 @pytest.mark.parametrize(

@@ -470,7 +470,7 @@ class Config:
     iterations: int = 100  # each is one rollout and the updates made from it
     profile: str = ""  # iterations to trace into workdir/profile, such as '3,5-6'; '' = none
     stop_after_minutes: float = 0.0  # save and end with exit code 75 rather than begin an iteration that would go beyond this; 0 = no limit
-    grace_seconds: float = 30.0  # from SIGTERM or Ctrl-C to the kill that follows it: what cannot be finished in time is dropped
+    grace_seconds: float = 30.0  # from SIGTERM or Ctrl-C to the kill that follows it: a rollout that cannot be finished in time is dropped
     deterministic: bool = False  # on GPUs: only operations that give the same bits every time; slower. CPU and TPU do so anyway
     peak_tflops: float = 0.0  # of one device, 1e12 FLOP/s, that MFU is a share of; 0 = the chip's own figure, and no MFU where the chip is not in dgpo_jax/hardware.py
     model: ModelConfig = field(default_factory=ModelConfig)

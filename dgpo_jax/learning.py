@@ -1,10 +1,9 @@
 """What an iteration learns from its experience: advantages to packed rows to optimizer steps to figures."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple
 
-import jax
 import numpy as np
 
 from dgpo_jax.build import Parts
@@ -12,7 +11,7 @@ from dgpo_jax.config import Config
 from dgpo_jax.rl.advantages import group_advantages
 from dgpo_jax.rl.aggregation import token_weights
 from dgpo_jax.rl.experience import by_group, group_count, group_size, lengths
-from dgpo_jax.rl.losses import Regions
+from dgpo_jax.rl.figures import gap_metrics, policy_metrics
 from dgpo_jax.rl.optimizer import learning_rate
 from dgpo_jax.rl.packing import (
     Example,
@@ -26,7 +25,7 @@ from dgpo_jax.rl.packing import (
     unpack,
 )
 from dgpo_jax.rl.suspects import suspect_rows
-from dgpo_jax.rl.update import LOSS_MAXIMA, LOSS_SUMS, Programs, StepFigures, Totals, take_marked_update
+from dgpo_jax.rl.update import Programs, StepFigures, Totals, take_marked_update
 from dgpo_jax.sharding import rows_here, to_device, to_host
 from dgpo_jax.stopping import Stop
 from dgpo_jax.types import Experience, TrainBatch, TrainState
@@ -61,7 +60,7 @@ def learn(
         skipped: updates skipped in a row just before.
         results: of the updates that are in `state` already, as of StoppedAmid.
         report: is given the sequences to look at (`skipped_rows`) if an update was skipped, and not called otherwise.
-        between: called before each update; may raise Stop.
+        between: called before each microbatch of an update; may raise Stop.
     Returns:
         (TrainState, metrics).
     Raises:
@@ -70,21 +69,9 @@ def learn(
     plans = plan_minibatches(config, parts, experience, advantages, iteration)
     minibatches, gaps = complete_minibatches(config, parts, programs, state.params, reference, plans)
     rate = to_device(np.float32(learning_rate(config.optimizer, iteration - 1)), parts.shardings.scalar)
-    before, made, marks, stop = len(results), [], [], None
-    for batches in islice(minibatches, before, None):
-        if len(made) > 1:  # no more than one update ahead of the device: `between` is asked while there is something to drop
-            jax.block_until_ready(made[-2][1])
-        try:
-            between()
-        except Stop as asked:
-            stop = asked
-            break
-        state, totals, figures, marked = take_marked_update(programs, state, batches, rate)
-        made.append((totals, figures))
-        marks.append(marked)
-    made, gaps, rate = to_host((made, gaps, rate))
+    before = len(results)
+    state, made, marks, stop = make_updates(programs, state, islice(minibatches, before, None), rate, between)
     results = [*results, *made]
-    layouts = [plan.layout for plan in plans]
     # Weights that overflow in the sampler give responses that are all alike: then there is no token to see it by in an update.
     unsound = not np.isfinite(experience.rollout.logprobs[experience.rollout.response_mask]).all()
     for _, figures in made:
@@ -94,8 +81,11 @@ def learn(
     if left_out:
         report(skipped_rows(parts, experience, plans, left_out, scored))
     if stop is not None:
-        known = experience if scored is None else with_old_logprobs(experience, plans, scored)
-        raise StoppedAmid(state, known, results, skipped) from stop
+        if results and scored:  # before the first update the weights that sampled are still there
+            experience = with_old_logprobs(experience, plans, scored)
+        raise StoppedAmid(state, experience, results, skipped) from stop
+    gaps, rate = to_host((gaps, rate))
+    layouts = [plan.layout for plan in plans]
     fresh = bool((experience.iteration == iteration).all())
     terms = {"kl_ref": config.kl.in_loss, "supervised": config.loss.supervised > 0}
     metrics = policy_metrics(results, fresh, [name for name, used in terms.items() if used])
@@ -105,6 +95,23 @@ def learn(
         "update/microbatches": sum(layout.batches for layout in layouts),
     }
     return state, metrics
+
+
+def make_updates(programs: Programs, state: TrainState, minibatches: Iterable, rate, between: Callable[[], object]):
+    """One update after the other.
+
+    Returns:
+        (TrainState, their (Totals, StepFigures) on the host, their Marks on the device, the Stop that ended them or None).
+    """
+    results, marks, stop = [], [], None
+    try:
+        for batches in minibatches:
+            state, totals, figures, marked = take_marked_update(programs, state, batches, rate, between)
+            results.append((totals, figures))
+            marks.append(marked)
+    except Stop as asked:
+        stop = asked
+    return state, to_host(results), marks, stop
 
 
 def skipped_rows(parts: Parts, experience: Experience, plans: Sequence["Plan"], skipped: Mapping[int, list], scored=None) -> list[dict]:
@@ -306,63 +313,3 @@ def sampled_gap(config: Config, parts: Parts, programs: Programs, params, experi
     batch = next(microbatches(parts, plan))  # the one that costs most; the others are not even packed
     batch = to_device(batch, parts.shardings.batch)
     return gap_metrics(to_host([programs.complete(batch, programs.score(params, batch))[1]]))
-
-
-def policy_metrics(results: Sequence[tuple[Totals, StepFigures]], fresh: bool, terms: Sequence[str] = ()) -> dict[str, float]:
-    """Figures over all updates of an iteration; those per token are missing if there was no token to learn from.
-
-    Args:
-        results: per update, on the host.
-        fresh: the weights before the first update are those that sampled.
-        terms: of "kl_ref" and "supervised", those that are part of the loss.
-    """
-    sums = {name: sum(totals.sums[name] for totals, _ in results) for name in LOSS_SUMS}
-    maxima = {name: float(np.max([totals.maxima[name] for totals, _ in results])) for name in LOSS_MAXIMA}
-    norms = [float(figures.grad_norm) for _, figures in results]
-    tokens = float(sums["tokens"])
-    metrics = {
-        "optim/grad_norm": float(np.mean(norms)),
-        "optim/grad_norm_max": float(np.max(norms)),
-        "optim/skipped": float(sum(figures.skipped for _, figures in results)),
-        "policy/tokens": tokens,
-    }
-    if sums["not_finite"]:
-        metrics["optim/tokens_not_finite"] = float(sums["not_finite"])
-    if not tokens:
-        return metrics
-    per_token = ["entropy", "kl_old", "clipped", "dual_clipped", *Regions._fields] + ["kl_ref"] * ("kl_ref" in terms)
-    per_update = ["loss"] + ["supervised"] * ("supervised" in terms)
-    metrics |= {f"policy/{name}": float(sums[name]) / tokens for name in per_token}
-    metrics |= {f"policy/{name}": float(sums[name]) / len(results) for name in per_update}
-    metrics |= {
-        "policy/ratio_mean": float(sums["ratio"]) / tokens,
-        "policy/ratio_max": maxima["ratio"],
-        "policy/ratio_min": -maxima["minus_ratio"],
-        "policy/ratio_histogram": (sums["histogram"] / tokens).tolist(),
-    }
-    for name in Regions._fields:
-        if sums[name]:
-            metrics[f"policy/{name}_weight_mean"] = float(sums[f"{name}_weight"] / sums[name])
-            metrics[f"policy/{name}_weight_max"] = maxima[f"{name}_weight"]
-    first = results[0][0]
-    if fresh and first.sums["tokens"]:
-        # The first update's ratio is 1, or the gap to the sampler where old_logprobs is its: anything but rounding is a fault.
-        metrics["policy/first_ratio_error"] = float(first.maxima["ratio_error"])
-    return metrics
-
-
-def gap_metrics(gaps: Sequence[Totals]) -> dict[str, float]:
-    """Mean and largest |sampler's - trainer's| log-probability, in nats, and the correction made for it.
-
-    Empty where none was measured.
-    """
-    sums = {name: float(sum(gap.sums[name] for gap in gaps)) for name in ("tokens", "gap", "weight", "rejected")}
-    if not sums["tokens"]:
-        return {}
-    return {
-        "gap/mean": sums["gap"] / sums["tokens"],
-        "gap/max": float(max(gap.maxima["gap"] for gap in gaps)),
-        "gap/weight_mean": sums["weight"] / sums["tokens"],
-        "gap/weight_max": float(max(gap.maxima["weight"] for gap in gaps)),
-        "gap/rejected": sums["rejected"] / sums["tokens"],
-    }

@@ -30,6 +30,24 @@ class Progress(NamedTuple):
     unwritten: dict[str, Any] | None = None  # metrics of the last iteration, if its evaluation was not finished
     collected: Collected | None = None  # of the next iteration, if its updates have begun; `state` and `backlog` are then amid it
 
+    @property
+    def next_line(self) -> int:
+        """The first iteration whose line of metrics is yet to be written; 0 is that of the evaluation before any update."""
+        at_the_start = not self.done and self.collected is None
+        return self.done if self.unwritten or at_the_start else self.done + 1
+
+    @property
+    def next_rollout(self) -> int:
+        """The first iteration whose responses are yet to be written."""
+        return self.done + 1 if self.collected is None else self.done + 2
+
+    def in_words(self, config: Config) -> str:
+        """As it is told behind "after"."""
+        done = f"iteration {self.done} of {config.iterations}"
+        if self.collected is None:
+            return done
+        return f"{done} and {len(self.collected.results)} of {config.update.updates} updates of the next"
+
 
 def at_the_start(config: Config, state: TrainState) -> Progress:
     """Before the first iteration, with these weights."""

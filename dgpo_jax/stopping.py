@@ -1,7 +1,7 @@
 """Ending a run early without losing anything: signals, a time limit, a watchdog that has given up.
 
 Whoever works asks at the points where work can be dropped: `chunk` between two chunks of decoding, `drawn` after a
-rollout, `update` between two optimizer steps, `boundary` between two iterations. Once the run is to stop, the first of them
+rollout, `update` between two microbatches, `boundary` between two iterations. Once the run is to stop, the first of them
 decides: if the rest of the iteration fits into the time that is left, it is finished, and `boundary` raises `Stop`; else
 `Stop` is raised at once: a rollout or an evaluation under way is dropped, the updates made so far are kept. Either way it
 goes up to the loop of `train`, which saves.
@@ -96,7 +96,7 @@ class Stopping:
         self._chunks = 0
 
     def update(self) -> None:
-        """Between two optimizer steps. May raise Stop."""
+        """Before an optimizer step, or a microbatch of one. May raise Stop."""
         self._ask()
 
     def boundary(self, whole: bool = True) -> None:

@@ -115,7 +115,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
         now = find_start(config, parts, checkpoints, workdir, record, stopping)
         reference = find_reference(config, parts, workdir)
-        writer = stack.enter_context(open_writer(workdir, resume_iteration=next_line(now), sampled=next_rollout(now)))
+        writer = stack.enter_context(open_writer(workdir, resume_iteration=now.next_line, sampled=now.next_rollout))
         health = Health(config, parts.model.compute_dtype.name)
         health.replay(read_metrics(workdir / "metrics.jsonl") if hosts.is_first() else [])
         health.replay([{"iteration": now.done} | now.unwritten] if now.unwritten else [])
@@ -150,7 +150,7 @@ def iterate(run: Run, now: Progress, compiling: float) -> None:
             now = now._replace(unwritten=None)
             save(run.checkpoints, now, run.record, best_score(config, metrics))
             saved = now
-        elif not now.done:
+        elif now.next_line == 0:
             evaluation(run, now, {"time/compile_ahead": compiling}, due=True)
         for iteration in range(now.done + 1, config.iterations + 1):
             run.stopping.boundary(whole=now.collected is None)
@@ -234,7 +234,7 @@ def find_start(
     """Where the run goes on, by the precedence in this module's docstring."""
     restored = restore(config, parts, checkpoints)
     if restored is not None:
-        say(f"going on after {whereabouts(config, restored)}")
+        say(f"going on after {restored.in_words(config)}")
         return restored
     if not config.sft.updates:
         with activity.doing("reading or making weights"):
@@ -243,22 +243,6 @@ def find_start(
     start = at_the_start(config, fresh_state(parts, warm_start(config, parts, workdir, stopping).params))
     save(checkpoints, start, record)
     return start
-
-
-def next_line(now: Progress) -> int:
-    """The first iteration whose line of metrics this process will write; 0 is that of the evaluation before any update."""
-    return now.done if now.unwritten or not now.done else now.done + 1
-
-
-def next_rollout(now: Progress) -> int:
-    """The first iteration whose responses this process will write."""
-    return now.done + 1 if now.collected is None else now.done + 2
-
-
-def whereabouts(config: Config, now: Progress) -> str:
-    """Up to where the run has come, in words."""
-    done = f"iteration {now.done} of {config.iterations}"
-    return done if now.collected is None else f"{done} and {len(now.collected.results)} of {config.update.updates} updates of the next"
 
 
 def find_reference(config: Config, parts: Parts, workdir: Path):
@@ -351,12 +335,12 @@ def save_early(run: Run, now: Progress, saved: Progress) -> None:
     """
     reason = run.stopping.reason
     if now.skipped and now is not saved:  # as in `needs_saving`
-        say(f"stopped ({reason}) while updates are being skipped, so nothing was saved: goes on after {whereabouts(run.config, saved)}")
+        say(f"stopped ({reason}) while updates are being skipped, so nothing was saved: goes on after {saved.in_words(run.config)}")
         return
     if now is not saved:
         save(run.checkpoints, now, run.record)
         run.checkpoints.wait(required=True)
-    say(f"stopped ({reason}) and saved after {whereabouts(run.config, now)}; the same command goes on from there")
+    say(f"stopped ({reason}) and saved after {now.in_words(run.config)}; the same command goes on from there")
 
 
 def nothing_to_do(config: Config, workdir: Path, done: int) -> dict[str, float]:

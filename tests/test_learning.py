@@ -15,14 +15,12 @@ from dgpo_jax.data.prompts import encode_prompts
 from dgpo_jax.learning import (
     complete_minibatches,
     compute_advantages,
-    gap_metrics,
     in_baseline,
     in_loss,
     learn,
     microbatches,
     packing_shape,
     plan_minibatches,
-    policy_metrics,
     sampled_gap,
     score_responses,
     score_waiting,
@@ -31,6 +29,7 @@ from dgpo_jax.learning import (
 from dgpo_jax.recipe import resolve
 from dgpo_jax.rl.correction import Correction
 from dgpo_jax.rl.experience import join
+from dgpo_jax.rl.figures import gap_metrics, policy_metrics
 from dgpo_jax.rl.packing import split_groups
 from dgpo_jax.rl.update import LOSS_MAXIMA, LOSS_SUMS, StepFigures, Totals
 from dgpo_jax.sharding import make_mesh, to_device, to_host

@@ -26,6 +26,7 @@ from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.config import flatten, load
 from dgpo_jax.metrics import read_metrics
 from dgpo_jax.recipe import resolve
+from dgpo_jax.restart import without_prefix
 from dgpo_jax.rewards.checkers import Checkers, CodeSettings, MathSettings
 from dgpo_jax.rl.experience import by_group, from_arrays, group_count
 from dgpo_jax.rl.losses import METHODS
@@ -276,7 +277,7 @@ def whole(recipe, whole_run_of):
 def waiting_at(workdir, iteration):
     """The groups that the checkpoint of this iteration keeps for later."""
     with np.load(workdir / f"checkpoints/iteration_{iteration:06d}/host.npz") as arrays:
-        return from_arrays(dict(arrays))
+        return from_arrays(without_prefix("waiting", arrays))
 
 
 def test_the_recipes_reach_what_they_are_tested_for(whole_run_of):

@@ -169,19 +169,17 @@ def texts(path):
 def test_a_run_stopped_in_a_rollout_and_amid_updates_ends_as_if_it_had_not_been(mode, whole_run_of, begun, stopped_at, tmp_path):
     whole, config = whole_run_of(mode)
     workdir = tmp_path / "run" if mode == COLD else begun(tmp_path / "run")
+    microbatches = [line.get("update/microbatches") for line in read_metrics(whole / "metrics.jsonl")]
+    stopped_at(config, workdir, "update")
+    assert where(workdir) == "after iteration 0 and 0 updates"
+    responses = workdir / "rollouts/iteration_000001.jsonl"
+    sampled = responses.stat().st_mtime_ns
+    stopped_at(config, workdir, "update", visit=microbatches[1])  # of the second update; a gradient begun is dropped
+    assert where(workdir) == "after iteration 0 and 1 updates"
     stopped_at(config, workdir, "rollout", iteration=2)
     assert where(workdir) == "after iteration 1"  # what was under way is dropped, what was done is saved
-    responses = workdir / "rollouts/iteration_000002.jsonl"
-    stopped_at(config, workdir, "update", visit=1)
-    assert where(workdir) == "after iteration 1 and 0 updates"
-    sampled = responses.stat().st_mtime_ns
-    stopped_at(config, workdir, "update", visit=1)
-    assert where(workdir) == "after iteration 1 and 0 updates"  # of this start's own none
-    stopped_at(config, workdir, "update", visit=2)
-    assert where(workdir) == "after iteration 1 and 1 updates"
-    stopped_at(config, workdir, "rollout", iteration=2)
-    assert where(workdir) == "after iteration 2" and responses.stat().st_mtime_ns == sampled  # once
-    stopped_at(config, workdir, "update", iteration=2, visit=2)
+    assert responses.stat().st_mtime_ns == sampled  # once
+    stopped_at(config, workdir, "update", iteration=3, visit=microbatches[4])
     assert where(workdir) == "after iteration 3 and 1 updates"  # of the last one, which is not done by that
     train.train(config, workdir)
     assert_same_end(workdir, whole, config)

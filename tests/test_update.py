@@ -29,6 +29,7 @@ from dgpo_jax.rl.update import (
     take_update,
 )
 from dgpo_jax.sharding import to_device, to_host
+from dgpo_jax.stopping import Stop
 from dgpo_jax.types import TrainBatch, TrainState
 
 # Every term of the loss at once: whatever holds for the sum holds for each.
@@ -487,11 +488,11 @@ def suspects_of(layout, marks):
     return {suspect.index: suspect.not_finite for suspect in find_suspects(EXAMPLES, layout, to_host(marks))}
 
 
-def marked_update(trainer, state, layout, changed=()):
+def marked_update(trainer, state, layout, changed=(), **more):
     """An update on EXAMPLES, but for the advantages of some: {index: advantage}."""
     examples = [example._replace(advantage=dict(changed).get(at, example.advantage)) for at, example in enumerate(EXAMPLES)]
     batches = [batch._replace(ref_logprobs=batch.sampler_logprobs) for batch in fill(examples, layout)]
-    return take_marked_update(trainer.programs, state, trainer.place(batches), trainer.scalar(RATE))
+    return take_marked_update(trainer.programs, state, trainer.place(batches), trainer.scalar(RATE), **more)
 
 
 LAYOUT = lay_out(EXAMPLES, Shape(8, 20))
@@ -544,6 +545,24 @@ def test_a_gradient_that_overflows_alone_names_the_whole_microbatch(trainer, cul
     assert_trees_equal(state, before)
     # Of the microbatch behind it the sum says nothing.
     assert suspects_of(HALVES, marks) == {at: ["gradient of the microbatch"] for at in loud}
+
+
+def test_an_update_that_is_broken_off_between_two_microbatches_leaves_the_state_as_it_was(trainer):
+    state, asked = trainer.state(), []
+    before = to_host(state)
+
+    def between():
+        asked.append(len(asked))
+        if len(asked) == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        marked_update(trainer, state, HALVES, between=between)
+    assert_trees_equal(state, before)
+    state, _, _, _ = marked_update(trainer, state, HALVES, between=lambda: asked.append("again"))
+    undisturbed, _, _, _ = marked_update(trainer, trainer.state(), HALVES)
+    assert_trees_equal(state, undisturbed)
+    assert asked == [0, 1, "again", "again"]
 
 
 def skip_of_unigram(tokens, advantage, probabilities):

@@ -188,11 +188,21 @@ def take_update(programs: Programs, state: TrainState, batches: Iterable[TrainBa
     return take_marked_update(programs, state, batches, learning_rate)[:3]
 
 
-def take_marked_update(programs: Programs, state: TrainState, batches: Iterable[TrainBatch], learning_rate):
-    """The same; returns a list of the Marks of each microbatch besides, for `suspects.find_suspects`."""
+def take_marked_update(
+    programs: Programs, state: TrainState, batches: Iterable[TrainBatch], learning_rate, between: Callable[[], object] = lambda: None
+):
+    """The same; returns a list of the Marks of each microbatch besides, for `suspects.find_suspects`.
+
+    Args:
+        between: called before each microbatch, while the device is at most two behind. It may raise: until the last
+            microbatch is done `state` is as it was.
+    """
     gradients, totals = programs.zero(state.params)
     marks = []
     for batch in batches:
+        if len(marks) > 1:
+            jax.block_until_ready(marks[-2])
+        between()
         gradients, totals, tokens = programs.accumulate(state.params, (gradients, totals), batch)
         marks.append(Marks(tokens, programs.norm(gradients)))
     state, figures = programs.apply(state, gradients, totals, learning_rate)

@@ -196,7 +196,7 @@ def test_a_worker_that_ignores_signals_is_late_and_gone(make_workers):
         ticket = workers.submit(["bad"], read=str)
         time.sleep(0.1)
         began = time.monotonic()
-    assert time.monotonic() - began < 2.0  # closed in the middle of it
+    assert time.monotonic() - began < 15.0  # closed in the middle of it, which would go on for ever
     assert isinstance(ticket.exception(timeout=1), RuntimeError) or ticket.result() == "timed_out"
 
 

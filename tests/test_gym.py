@@ -204,10 +204,10 @@ def test_the_rule_is_the_users():
 
 
 def test_an_answer_is_found_in_time_that_grows_with_the_text_only():
-    began = time.monotonic()
+    began = time.process_time()
     for text in ("<answer>" * 200_000, "</answer>" * 200_000, "<answer>" * 100_000 + "</answer>" * 100_000):
         find_gym_answer(text, "boxed")
-    assert time.monotonic() - began < 2
+    assert time.process_time() - began < 2
 
 
 @pytest.fixture(scope="module")

@@ -116,9 +116,9 @@ SLOW = {
 @pytest.mark.parametrize("text", SLOW.values(), ids=SLOW.keys())
 @pytest.mark.parametrize("other", ["({})+0", r"\frac{{({})^2}}{{{}}}", "({})+10^{{-60}}"])
 def test_inputs_made_to_be_slow_are_not(text, other):
-    started = time.perf_counter()
+    started = time.process_time()
     slow_status(text, other.format(text, text))
-    assert time.perf_counter() - started < 1.0  # 0.2 s at most, measured on a busy machine
+    assert time.process_time() - started < 1.0  # 0.2 s at most, measured on a busy machine
 
 
 def test_proofs_do_not_depend_on_the_hash_seed():

@@ -204,7 +204,7 @@ def says_it(error: Exception) -> bool:
         return True
     if isinstance(error, RefusedElsewhereError):
         return False
-    client, key = _coordination_client(), "dgpo_jax/error"
+    client, key = coordination_client(), "dgpo_jax/error"
     if client is None:
         return True
     try:
@@ -216,8 +216,8 @@ def says_it(error: Exception) -> bool:
         return True
 
 
-def _coordination_client() -> Any:
-    """Of the service at which the processes met; None where JAX has moved it: then each tells of the error that all have found.
+def coordination_client() -> Any:
+    """Of the service at which the processes met; None where there is none, or JAX has moved it.
 
     It has no public name, and the public ways for processes to talk need all of them, while here one may be at work.
     """

@@ -4,6 +4,7 @@ Faults are real ones where that is possible: a limit on file sizes, a file syste
 away. Root is above permissions, so that tests of these give up that one right.
 """
 
+import asyncio
 import contextlib
 import ctypes
 import json
@@ -14,6 +15,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import jax
@@ -22,9 +24,10 @@ import numpy as np
 import pytest
 from jax.sharding import SingleDeviceSharding
 
+from dgpo_jax import activity
 from dgpo_jax.checkpoint import Checkpoints, locate, meetings, peek, saving, storage
 from dgpo_jax.checkpoint.folders import Entry, find_sound, flaw_of, superseded
-from dgpo_jax.checkpoint.meetings import Meetings, PartMissingError
+from dgpo_jax.checkpoint.meetings import Meetings, PartMissingError, patience
 from dgpo_jax.checkpoint.storage import Storage, checkpoint_bytes, describe_storage, forecast, require_room
 from dgpo_jax.manifest import write_manifest
 
@@ -498,7 +501,7 @@ def test_a_negative_number_of_best_ones_is_refused(tmp_path):
 # --- several processes ---
 
 PROCESS = """
-    import logging, os, resource, sys
+    import logging, os, resource, sys, time
     from pathlib import Path
     import jax, jax.numpy as jnp, numpy as np
     from jax.experimental import multihost_utils
@@ -508,7 +511,7 @@ PROCESS = """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
     logging.basicConfig(level=logging.WARNING)
-    from dgpo_jax.checkpoint import Checkpoints
+    from dgpo_jax.checkpoint import Checkpoints, meetings
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), PartitionSpec("fsdp"))
     abstract = {"weights": jax.ShapeDtypeStruct((8000,), jnp.float32, sharding=sharding)}
 
@@ -521,8 +524,16 @@ PROCESS = """
             act()
         multihost_utils.sync_global_devices(name)
 
-    run = folder / "run"
-    with Checkpoints(run / "checkpoints", keep=1, keep_best=1) as checkpoints:
+    disk, mine = folder / "disk", folder / f"disk_of_{number}"  # each has its own way to the disk, and can lose it alone
+    disk.mkdir(exist_ok=True)
+    run = disk / "run"
+
+    def point_to(place):
+        mine.unlink(missing_ok=True)
+        mine.symlink_to(place)
+
+    point_to(disk)
+    with Checkpoints(mine / "run/checkpoints", keep=1, keep_best=1) as checkpoints:
         first = state(1.0)
         with jax.transfer_guard("disallow"):  # as in the loop of a run
             checkpoints.save(1, first, {}, score=0.1)
@@ -549,10 +560,46 @@ PROCESS = """
             resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
             print("failure", checkpoints.failure, flush=True)
 
-        checkpoints.save(5, state(5.0), {}, score=0.05)
+        def lose_after_meeting(wanted):
+            meet, numbers = checkpoints._meetings.meet, iter((1, 2))
+            def meet_and_lose(**arguments):
+                meet(**arguments)
+                if next(numbers) == wanted:
+                    del checkpoints._meetings.meet
+                    point_to(folder / "nowhere")
+            checkpoints._meetings.meet = meet_and_lose
+
+        losses = {  # of the whole disk, for one process alone
+            5: (1, lambda: point_to(folder / "nowhere")),
+            6: (1, lambda: point_to("x" * 300)),  # an error also for who only asks what is there, like a server that is gone
+            7: (0, lambda: lose_after_meeting(1)),  # all parts are written, and process 0 cannot put them in place
+            8: (0, lambda: lose_after_meeting(2)),  # nor can it finish what is in place, which it alone knows of until all are asked
+        }
+        for iteration, (failing, lose) in losses.items():
+            together("before")
+            if number == failing:
+                lose()
+            began = time.monotonic()
+            checkpoints.save(iteration, state(iteration), {}, score=0.9)
+            checkpoints.wait()
+            assert time.monotonic() - began < 60, "whoever is not told waits ten minutes"
+            print("failure", checkpoints.failure, flush=True)
+            try:
+                checkpoints.wait(required=True)
+            except RuntimeError as error:
+                print("insisted", error, flush=True)
+            else:
+                sys.exit("a save failed and nobody said so")
+            point_to(disk)
+            finished = [path.parent.name for path in run.glob("checkpoints/*/manifest.json")]
+            assert finished == ["iteration_000001"], finished
+        keys = meetings._service().key_value_dir_get(meetings.FAILED + "/")
+        assert len(keys) == 2, keys  # as many as processes, however many saves have failed
+
+        checkpoints.save(9, state(9.0), {}, score=0.05)
         checkpoints.wait(required=True)
         assert checkpoints.failure is None
-        together("damage", lambda: (run / "checkpoints/iteration_000005/details.json").write_text("{}"))
+        together("damage", lambda: (run / "checkpoints/iteration_000009/details.json").write_text("{}"))
         restored = checkpoints.restore(abstract)
         assert restored.iteration == 1 and checkpoints.best_score() == 0.1
         for shard, wanted in zip(restored.state["weights"].addressable_shards, first["weights"].addressable_shards, strict=True):
@@ -585,65 +632,159 @@ def test_what_fails_on_one_process_leaves_no_other_one_waiting(tmp_path):
             process.kill()
     for number, (process, (out, err)) in enumerate(zip(processes, outputs, strict=True)):
         assert process.returncode == 0, err[-3000:]
-        for iteration, failing in ((3, 1), (4, 0)):
-            why = "File too large" if number == failing else "another process could not write its part"
+        for iteration, failing, fault in (
+            (3, 1, "File too large"), (4, 0, "File too large"),
+            (5, 1, "No such file or directory"), (6, 1, "File name too long"), (7, 0, "No such file or directory"),
+        ):  # fmt: skip
+            why = fault if number == failing else f"process {failing} could not write its part: {fault}"
             assert f"failure iteration {iteration}: {why}" in out, out
-        assert f"told the last checkpoint was not written to {tmp_path}/run/checkpoints: iteration 2: " in out
+        alone = "" if number == 0 else "process 0: "
+        assert f"checkpoints: {alone}iteration 8: No such file or directory" in out.rpartition("insisted")[2], out
+        assert f"told the last checkpoint was not written to {tmp_path}/disk_of_{number}/run/checkpoints: iteration 2: " in out
         assert "begin anew" in out.partition("refused")[2]
 
 
-class Barriers:
-    """Stands for those of JAX: writes down the names, and whoever is waited for comes, or not."""
+class Service:
+    """Stands for JAX's coordination service: whoever is waited for comes, or not, and what is said is kept."""
 
     def __init__(self):
-        self.names, self.late = [], False
+        self.met, self.under_way, self.said, self.late, self.deaf = [], [], {}, False, False
 
-    def __call__(self, *, key, timeout_ms):
-        self.names.append(key)
+    def wait(self, *, key, timeout_ms):
+        self.met.append(key)
+        self.under_way.append(activity.describe())
         if self.late:
-            raise RuntimeError("DEADLINE_EXCEEDED")
+            raise RuntimeError(  # in JAX 0.10.2's words
+                "DEADLINE_EXCEEDED: Barrier timed out. Id: checkpoint 1, meeting 1::0. This usually happens because a task triggered the"
+                " barrier too early or too slowly.\n# of tasks that reached the barrier: 2/4.\nThe first task at the barrier: 2. Some"
+                " timed out task names:\n1\n3\n\n\nRPC: /xla.coordination.CoordinationService/Barrier"
+            )
+
+    def key_value_set(self, key, value, allow_overwrite):
+        if self.deaf:
+            raise RuntimeError("UNAVAILABLE")
+        assert allow_overwrite or key not in self.said
+        self.said[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.said.items() if key.startswith(prefix)]
 
 
 @pytest.fixture
-def barriers(monkeypatch):
-    stand_in = Barriers()
-    monkeypatch.setattr(meetings.ocp.multihost, "get_barrier_sync_fn", lambda: stand_in)
-    monkeypatch.setattr(meetings.jax, "process_count", lambda: 2)
+def service(monkeypatch):
+    stand_in = Service()
+    monkeypatch.setattr(meetings.ocp.multihost, "get_barrier_sync_fn", lambda: stand_in.wait)
+    monkeypatch.setattr(meetings.hosts, "coordination_client", lambda: stand_in)
+    monkeypatch.setattr(meetings.hosts, "count", lambda: 4)
     return stand_in
 
 
-def test_one_that_failed_comes_to_the_meetings_it_has_not_been_at_and_leaves_a_sign(tmp_path, barriers):
-    meetings, folder = Meetings(), make_folder(tmp_path, 1, finished=False)
-    meetings.begin(folder)
-    meetings.meet(key="written", timeout_ms=1)
-    meetings.fail()
-    assert len(barriers.names) == 2
-    with pytest.raises(PartMissingError):  # what the others find when they come
-        meetings.meet(key="written", timeout_ms=1)
+def meetings_of(monkeypatch, process, save):
+    """One process in one save: whose it is counts at the moment when it says that it failed."""
+    monkeypatch.setattr(meetings, "_saves", iter([save]))
+    monkeypatch.setattr(meetings.jax, "process_index", lambda: process)
+    found = Meetings()
+    found.begin(f"iteration_00000{save}", 600)
+    return found
 
 
-def test_after_the_last_meeting_nobody_takes_a_checkpoint_apart_that_process_0_may_have_finished(tmp_path, barriers):
-    meetings, folder = Meetings(), make_folder(tmp_path, 1)
-    meetings.begin(folder)
+def test_one_that_failed_says_why_and_comes_to_the_meetings_it_has_not_been_at(monkeypatch, service):
+    failed = meetings_of(monkeypatch, 3, save=5)
+    failed.meet(key="written", timeout_ms=1)
+    failed.fail("Stale file handle")
+    assert service.met == ["checkpoint 5, meeting 1", "checkpoint 5, meeting 2"]
+    told = meetings_of(monkeypatch, 0, save=5)
+    with pytest.raises(PartMissingError, match=r"^process 3 could not write its part: Stale file handle$"):
+        told.meet(key="written", timeout_ms=1)
+    told.fail("process 3 could not")
+    assert service.met[2:] == ["checkpoint 5, meeting 1", "checkpoint 5, meeting 2"]  # nobody waits for it either
+    meetings_of(monkeypatch, 2, save=5).fail("Permission denied")
+    with pytest.raises(PartMissingError, match=r"process 2 could not .* \(nor could 1 more\): Permission denied"):  # those that were told are none
+        meetings_of(monkeypatch, 1, save=5).meet(key="written", timeout_ms=1)
+
+
+def test_what_was_said_of_one_save_does_not_count_for_the_next_and_does_not_pile_up(monkeypatch, service):
+    for save in range(3):
+        meetings_of(monkeypatch, 1, save).fail(f"fault {save}")
+    assert service.said == {"dgpo_jax/checkpoint_failed/1": "2 fault 2"}
+    after = meetings_of(monkeypatch, 0, save=3)
     for _ in range(2):
-        meetings.meet(key="written", timeout_ms=1)
-    meetings.fail()  # such as a process whose network disk shows an older state of the folder
-    assert flaw_of(folder) is None and len(barriers.names) == 2
+        after.meet(key="written", timeout_ms=1)
 
 
-def test_nobody_waits_twice_for_one_that_did_not_come_and_no_later_save_meets_under_the_same_name(tmp_path, barriers):
-    meetings, folder = Meetings(), make_folder(tmp_path, 1, finished=False)
-    meetings.begin(folder)
-    barriers.late = True
-    with pytest.raises(RuntimeError):
-        meetings.meet(key="written", timeout_ms=1)
-    meetings.fail()
-    assert len(barriers.names) == 1
-    barriers.late = False
-    meetings.begin(make_folder(tmp_path, 2, finished=False))
+def test_after_the_last_meeting_nobody_takes_a_checkpoint_apart_that_process_0_may_have_finished(monkeypatch, service):
+    late = meetings_of(monkeypatch, 1, save=5)
     for _ in range(2):
-        meetings.meet(key="written", timeout_ms=1)
-    assert len(set(barriers.names)) == 3
+        late.meet(key="written", timeout_ms=1)
+    late.fail("Input/output error")  # such as a process whose network disk shows an older state of the folder
+    assert not service.said and len(service.met) == 2
+
+
+def test_nobody_waits_twice_for_one_that_did_not_come_and_no_later_save_meets_under_the_same_name(monkeypatch, service):
+    service.late = True
+    waiting = meetings_of(monkeypatch, 0, save=5)
+    with pytest.raises(PartMissingError, match=r"^waiting for all to write their parts: process 1, 3 did not come in 10 minutes; the disk hangs"):
+        waiting.meet(key="written", timeout_ms=1)
+    waiting.fail("not in time")
+    assert len(service.met) == 1
+    service.late = False
+    next_one = meetings_of(monkeypatch, 0, save=6)
+    for _ in range(2):
+        next_one.meet(key="written", timeout_ms=1)
+    assert len(set(service.met)) == 3
+
+
+def test_a_version_of_jax_without_the_service_is_told_at_the_start(tmp_path, monkeypatch, service):
+    monkeypatch.setattr(meetings.hosts, "coordination_client", lambda: None)
+    with pytest.raises(RuntimeError, match=r"several processes cannot save together; use JAX 0\.10\.2 to 0\.12"):
+        Checkpoints(tmp_path)
+
+
+def test_one_that_cannot_say_that_it_failed_does_not_come(monkeypatch, service, caplog):
+    # The others would take the checkpoint for whole: better that they wait in vain.
+    service.deaf = True
+    meetings_of(monkeypatch, 1, save=5).fail("Stale file handle")
+    assert service.met == []
+    assert "the other processes may not know that this one could not write its part: RuntimeError: UNAVAILABLE" in caplog.text
+
+
+def test_what_is_waited_for_has_a_name_for_the_watchdog(monkeypatch, service):
+    waiting = meetings_of(monkeypatch, 0, save=5)
+    waiting.meet(key="written", timeout_ms=120_000)
+    waiting.fail("No space left on device")  # while it put the whole in place
+    assert "iteration_000005: waiting for all to write their parts (gives up in 2 minutes)" in service.under_way[0]
+    assert "iteration_000005: waiting for process 0 to put it in place (gives up in 10 minutes)" in service.under_way[1]
+
+
+@pytest.mark.parametrize("size, seconds", [
+    (200_000, 600),  # the smallest has ten minutes
+    (135_000_000 * 12, 632),  # float32 weights and two moments
+    (7_000_000_000 * 12, 2280),  # at 50 MB/s; 20 minutes, which Orbax gives, would take 70
+])  # fmt: skip
+def test_a_save_has_the_time_that_a_slow_disk_takes(size, seconds):
+    assert patience(size) == seconds
+
+
+def test_a_disk_that_hangs_is_given_up_and_told_in_words(tmp_path, monkeypatch):
+    # What Orbax's write waits for, here for ever, is cut off by the deadline that it is given.
+    monkeypatch.setattr(saving, "patience", lambda size: 1 if size == NUMBERS * 4 else 600)
+    released = threading.Event()
+    threading.Timer(20, released.set).start()  # without a deadline the write below fails otherwise, instead of never
+
+    async def hang(*arguments, **settings):
+        while not released.is_set():
+            await asyncio.sleep(0.05)
+        raise OSError(5, "Input/output error")
+
+    with Checkpoints(tmp_path) as checkpoints:
+        with monkeypatch.context() as patched:
+            patched.setattr("orbax.checkpoint._src.path.atomicity._create_paths", hang)
+            checkpoints.save(1, make_state(1), {})
+            checkpoints.wait()
+        assert checkpoints.failure == "iteration 1: not in time; the disk hangs, or is slower than 50 MB/s"
+        released.set()
+        checkpoints.save(2, make_state(2), {})
+        assert_holds(checkpoints, 2, iteration=2)
 
 
 # --- the forecast ---

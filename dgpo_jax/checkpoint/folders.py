@@ -11,7 +11,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -116,6 +116,16 @@ def claim(directory: Path, iteration: int, details: str, host_arrays: Mapping[st
         shutil.rmtree(entry.path, ignore_errors=True)
         raise
     return entry
+
+
+def require_parts(path: Path, names: Iterable[str]) -> None:
+    """Before a manifest is made, which would not miss what is lost by then.
+
+    Raises:
+        FileNotFoundError: one of them is gone.
+    """
+    for name in (DETAILS, *names):
+        os.stat(path / name)
 
 
 def find_sound(directory: Path) -> tuple[Entry | None, list[tuple[Entry, str]]]:

@@ -1,91 +1,140 @@
 """How the processes that write one checkpoint wait for each other, and how none waits for one that failed.
 
 Orbax has all of them meet twice in the background, when their parts are written and when process 0 has put the whole in
-place. One whose part fails would not come: the others would wait 20 minutes, and count one meeting more than it in all
-later saves, none of which would then succeed (seen with Orbax 0.12). So meetings are named after their save, and one that
-failed says so and comes all the same.
+place. One whose part fails would not come: the others would wait for as long as Orbax has them, and count one meeting more
+than it in all later saves, none of which would then succeed (seen with Orbax 0.12). So meetings are named after their save,
+and one that failed says so and comes all the same.
+
+It says so through JAX's coordination service and not on the disk, which may be what failed: each process has one key,
+overwritten whenever a save of its fails, so that a long run leaves no more keys behind than there are processes.
+
+One whose write hangs, as on a network disk without its server, cannot come. The others wait for 10 minutes and as long
+as a disk of 50 MB/s takes for the whole checkpoint: 11 minutes for 135 million parameters in float32 with AdamW's moments,
+38 for 7 billion. (Orbax's own limit, 20 minutes whatever the size, would break off a slow disk's every save of the latter,
+and it counts for a single process too.) Meanwhile the run goes on until its next save. Then this one has failed, on all,
+and the log says whom they waited for; the one that hangs gives up by itself, by the same clock. A few waits are Orbax's
+alone: 5 minutes for process 0 to make the folder, and no limit for one that hangs before it has begun; `activity` names them.
 """
 
-import errno
 import itertools
 import logging
-import os
-from pathlib import Path
+import re
+import time
+from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
-from dgpo_jax.checkpoint.folders import DETAILS, in_words
+from dgpo_jax import activity, hosts
+from dgpo_jax.checkpoint.folders import in_words
 
 log = logging.getLogger(__name__)
 
-MEETINGS = 2  # of one save
+PATIENCE_S, SLOWEST_DISK = 600, 50_000_000  # at least; bytes per second, of all processes together
+TOO_SLOW = "the disk hangs, or is slower than 50 MB/s"
+FAREWELL_S = 10.0  # at least so long one that failed waits for the others: those who wait count from moments later
+MEETINGS = ("waiting for all to write their parts", "waiting for process 0 to put it in place")
+FAILED = "dgpo_jax/checkpoint_failed"  # / process: `save why`, of the last that it failed in
+_ABSENT = re.compile(r"timed out task names:\s*([\d\s]*\d)")  # how JAX's service says which did not come
 _saves = itertools.count()  # the same on every process: all of them begin the same saves
 
 
 class PartMissingError(OSError):
-    """Another process could not write its part."""
+    """Another process could not write its part, or did not come."""
+
+
+def patience(size: int) -> int:
+    """Seconds that a save of so many bytes may take, from the moment when the state is copied."""
+    return PATIENCE_S + size // SLOWEST_DISK
 
 
 class Meetings:
-    """Where the processes are in the save under way."""
+    """Where the processes are in the save under way.
+
+    Raises:
+        RuntimeError: as of `_service`; said when the run starts, and not at its first checkpoint.
+    """
 
     def __init__(self):
-        self._save, self._met, self._missed, self._folder = 0, 0, False, Path()
+        if hosts.count() > 1:
+            _service()
+        self._save, self._name, self._seconds, self._deadline = 0, "", 0.0, 0.0
+        self._met, self._missed, self._known = 0, False, False
 
-    def begin(self, folder: Path) -> None:
-        """A save to `folder` begins; all processes must call it."""
-        self._save, self._met, self._missed, self._folder = next(_saves), 0, False, folder
+    def begin(self, name: str, seconds: float) -> None:
+        """A save begins; all processes must call it.
+
+        Args:
+            name: of its folder.
+            seconds: from `patience`.
+        """
+        self._save, self._name, self._seconds, self._deadline = next(_saves), name, seconds, time.monotonic() + seconds
+        self._met, self._missed, self._known = 0, False, False
 
     def meet(self, *, key: str, timeout_ms: int) -> None:
         """What Orbax calls to wait for the others, before it goes on to what counts on their parts.
 
         Raises:
-            PartMissingError: one came that had failed.
-            RuntimeError: one did not come in time.
+            PartMissingError: one came that had failed, or one did not come in time.
         """
         del key  # Orbax uses the same one in every save
-        self._wait(timeout_ms)
-        require_parts(self._folder)
+        self._wait(timeout_ms / 1000)
+        failed = self._failed()
+        if failed:
+            self._known = True
+            others = f" (nor could {len(failed) - 1} more)" if len(failed) > 1 else ""
+            raise PartMissingError(f"process {failed[0][0]} could not write its part{others}: {failed[0][1]}")
 
-    def fail(self) -> None:
-        """This process could not write its part: says so by deleting what no checkpoint can lack, and meets the others.
+    def fail(self, why: str) -> None:
+        """This process could not write its part, or was told so of another: says it, unless all know, and meets the others.
 
-        A folder that it cannot reach it cannot take that from: then they wait in vain for as long as Orbax has them. After
-        the last meeting there is nothing to say: all parts are written, and process 0 alone decides.
+        Where it cannot say it, it does not come either: a checkpoint without its part must not be taken for whole. After the
+        last meeting there is nothing to say: all parts are written, and process 0 alone decides.
         """
-        if jax.process_count() == 1 or (self._met == MEETINGS and not self._missed):
+        if hosts.count() == 1 or (self._met == len(MEETINGS) and not self._missed):
             return
         try:
-            (self._folder / DETAILS).unlink(missing_ok=True)
-            while self._met < MEETINGS and not self._missed:
-                self._wait(ocp.AsyncOptions().timeout_secs * 1000)
+            if not self._known:
+                _service().key_value_set(f"{FAILED}/{jax.process_index()}", f"{self._save} {why}", allow_overwrite=True)
+            while self._met < len(MEETINGS) and not self._missed:
+                self._wait(max(self._deadline - time.monotonic(), FAREWELL_S))
         except (OSError, RuntimeError) as error:
-            log.warning("the other processes could not be told: %s", in_words(error))
+            log.warning("the other processes may not know that this one could not write its part: %s", in_words(error))
 
-    def _wait(self, timeout_ms: int) -> None:
+    def _failed(self) -> list[tuple[int, str]]:
+        """Which processes have said that they failed in this save, and why."""
+        if hosts.count() == 1:
+            return []
+        said = [(int(key.rpartition("/")[2]), *value.split(" ", 1)) for key, value in _service().key_value_dir_get(f"{FAILED}/")]
+        return sorted((process, why) for process, save, why in said if int(save) == self._save)
+
+    def _wait(self, seconds: float) -> None:
+        """Raises PartMissingError where one does not come in time."""
+        what, until = MEETINGS[self._met], time.monotonic() + seconds
         self._met += 1
-        name = f"checkpoint {self._save}, meeting {self._met}"
+        key = f"checkpoint {self._save}, meeting {self._met}"
         try:
-            ocp.multihost.get_barrier_sync_fn()(key=name, timeout_ms=timeout_ms)
-        except BaseException:
+            with activity.doing(f"{self._name}: {what}", lambda: f"gives up in {max(until - time.monotonic(), 0) / 60:.0f} minutes"):
+                ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=int(seconds * 1000))
+        except BaseException as error:
             self._missed = True  # whoever did not come to this one is not waited for again
-            raise
+            if "DEADLINE_EXCEEDED" not in str(error):
+                raise
+            absent = _ABSENT.search(str(error))
+            who = f"process {', '.join(absent[1].split())}" if absent else "another process"
+            raise PartMissingError(f"{what}: {who} did not come in {self._seconds / 60:.0f} minutes; {TOO_SLOW}") from error
 
 
-def require_parts(folder: Path, names: tuple[str, ...] = ()) -> None:
-    """Before a manifest is made, which would not miss what is lost by then.
+def _service() -> Any:
+    """JAX's coordination service, at which the processes also meet.
 
     Raises:
-        PartMissingError: another process failed.
-        FileNotFoundError: something else is gone.
+        RuntimeError: this version of JAX keeps it elsewhere.
     """
-    try:
-        open(folder / DETAILS).close()  # a network disk asks its server at an open, but not always at a stat
-    except FileNotFoundError:
-        if jax.process_count() > 1:
-            raise PartMissingError("another process could not write its part, and its log says why") from None
-        raise
-    for name in names:
-        if not (folder / name).exists():
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / name))
+    client = hosts.coordination_client()
+    if client is None:
+        raise RuntimeError(
+            f"JAX {jax.__version__} keeps its coordination service elsewhere, and without it several processes cannot save together;"
+            " use JAX 0.10.2 to 0.12."
+        )
+    return client

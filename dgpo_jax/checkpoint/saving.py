@@ -12,7 +12,8 @@ read, refused if its dtypes differ, and never written twice: a second save of it
 `iteration_000120.2`, and the first is deleted when the second is complete.
 
 A write that fails (a full disk, a folder that is gone) does not end the run: the log says so, what was complete stays,
-and the next save tries again. Only `wait(required=True)`, after the last save, insists.
+and the next save tries again. Only `wait(required=True)`, after the last save, insists. One that hangs is given up after
+ten minutes and what a slow disk takes (`meetings.patience`).
 
 Several processes need one shared folder; process 0 names, checks and deletes, Orbax has every process write its shards.
 Whatever goes wrong on process 0 is told to the others: they would wait for it in vain.
@@ -46,10 +47,12 @@ from dgpo_jax.checkpoint.folders import (
     read_details,
     read_score,
     remove_busy,
+    require_parts,
     set_aside,
     writable,
 )
-from dgpo_jax.checkpoint.meetings import Meetings, require_parts
+from dgpo_jax.checkpoint.meetings import TOO_SLOW, Meetings, patience
+from dgpo_jax.checkpoint.storage import checkpoint_bytes
 from dgpo_jax.manifest import write_manifest
 from dgpo_jax.types import TrainState
 
@@ -89,7 +92,6 @@ class Checkpoints:
         self.keep, self.keep_best = keep, keep_best
         self.failure: str | None = None
         self._meetings = Meetings()
-        self._checkpointer = ocp.StandardCheckpointer(async_options=ocp.AsyncOptions(barrier_sync_fn=self._meetings.meet))
         self._thread: threading.Thread | None = None
         self._score_in_flight: float | None = None
         self._unsound: list[tuple[Entry, str]] = []  # newer than what was restored, and still under their names
@@ -124,18 +126,14 @@ class Checkpoints:
         score = float(score) if score is not None and math.isfinite(score) else None
         described = {name: describe(array) for name, array in arrays.items()}
         details = json.dumps({"iteration": iteration, "score": score, "extra": extra, "arrays": described})
-        entry = self._claim(iteration, details, host_arrays or {})
-        if entry is None:
-            return
-        self._meetings.begin(entry.path)
-        try:
-            with jax.transfer_guard("allow"):  # Orbax copies with np.asarray, which the guard takes for an accident
-                self._checkpointer.save(entry.path / ARRAYS, arrays)
-        except (OSError, ValueError) as error:  # ValueError is TensorStore's; a device that fails raises a RuntimeError
-            self._give_up(iteration, in_words(error), entry)
+        with activity.doing(f"beginning to write a checkpoint to {self.directory}"):
+            entry = self._claim(iteration, details, host_arrays or {})
+            checkpointer = None if entry is None else self._begin(entry, arrays)
+        if checkpointer is None:
             return
         self._score_in_flight = score
-        self._thread = threading.Thread(target=self._finish, args=(entry, bool(host_arrays)), name=f"finish {entry.path.name}")
+        parts = (ARRAYS, HOST_ARRAYS) if host_arrays else (ARRAYS,)
+        self._thread = threading.Thread(target=self._finish, args=(checkpointer, entry, parts), name=f"finish {entry.path.name}")
         self._thread.start()
 
     def wait(self, required: bool = False) -> None:
@@ -150,16 +148,14 @@ class Checkpoints:
             with activity.doing(f"writing a checkpoint to {self.directory}"):
                 self._thread.join()
             self._thread, self._score_in_flight = None, None
-        if required and any(hosts.gather(self.failure is not None)):
-            why = self.failure or "another process could not write its part, and its log says why"
+        failures = hosts.gather(self.failure) if required else []
+        if any(failures):
+            why = self.failure or next(f"process {process}: {failure}" for process, failure in enumerate(failures) if failure)
             raise RuntimeError(f"the last checkpoint was not written to {self.directory}: {why}{self._what_is_left()}")
 
     def close(self) -> None:
-        """Waits and frees Orbax's threads."""
-        try:
-            self.wait()
-        finally:
-            self._checkpointer.close()
+        """Waits for the last save."""
+        self.wait()
 
     def best_score(self) -> float | None:
         """The best of the checkpoints that are there and of the one being written; None if none has a score."""
@@ -195,7 +191,8 @@ class Checkpoints:
         details = read_details(entry.path)
         require_same_arrays(entry.path, details["arrays"], target)
         try:
-            arrays = self._checkpointer.restore(entry.path / ARRAYS, target)
+            with ocp.StandardCheckpointer() as checkpointer:
+                arrays = checkpointer.restore(entry.path / ARRAYS, target)
             host_arrays = read_host_arrays(entry.path / HOST_ARRAYS)
         except (OSError, ValueError) as error:
             raise ValueError(
@@ -233,15 +230,31 @@ class Checkpoints:
             set_aside(*self._unsound[0])
             self._unsound.pop(0)
 
-    def _finish(self, entry: Entry, has_host_arrays: bool) -> None:
+    def _begin(self, entry: Entry, arrays: dict[str, jax.Array]) -> ocp.StandardCheckpointer | None:
+        """Copies the arrays off the devices and has Orbax begin to write them; None where it could not."""
+        seconds = patience(checkpoint_bytes(arrays))
+        self._meetings.begin(entry.path.name, seconds)
+        checkpointer = ocp.StandardCheckpointer(
+            async_options=ocp.AsyncOptions(timeout_secs=seconds, barrier_sync_fn=self._meetings.meet)
+        )
+        try:
+            with jax.transfer_guard("allow"):  # Orbax copies with np.asarray, which the guard takes for an accident
+                checkpointer.save(entry.path / ARRAYS, arrays)
+        except (OSError, ValueError) as error:  # ValueError is TensorStore's; a device that fails raises a RuntimeError
+            self._give_up(entry.iteration, in_words(error), entry)
+            return None
+        return checkpointer
+
+    def _finish(self, checkpointer: ocp.StandardCheckpointer, entry: Entry, parts: tuple[str, ...]) -> None:
         """Runs in the background: waits for Orbax, writes the manifest, then deletes what is no longer needed."""
         try:
-            self._checkpointer.wait_until_finished()
+            with checkpointer:
+                checkpointer.wait_until_finished()
             if jax.process_index() == 0:
-                require_parts(entry.path, (ARRAYS, HOST_ARRAYS) if has_host_arrays else (ARRAYS,))
+                require_parts(entry.path, parts)
                 write_manifest(entry.path)
         except BaseException as error:  # a thread has nobody to raise to
-            self._give_up(entry.iteration, in_words(error), entry)
+            self._give_up(entry.iteration, _reason(error), entry)
             return
         self.failure = None
         if jax.process_index() == 0:
@@ -250,7 +263,7 @@ class Checkpoints:
     def _give_up(self, iteration: int, why: str, entry: Entry | None = None) -> None:
         """Says that this save came to nothing, and deletes what it wrote: it is as large as a checkpoint."""
         if entry is not None:
-            self._meetings.fail()
+            self._meetings.fail(why)
         if entry is not None and jax.process_index() == 0:
             try:
                 remove_busy(entry.path)
@@ -291,6 +304,12 @@ class Checkpoints:
             return entry
 
         return hosts.from_first(look)
+
+
+def _reason(error: BaseException) -> str:
+    """In words; Orbax's own deadlines speak of futures and keys."""
+    out_of_time = (isinstance(error, TimeoutError) and error.errno is None) or "DEADLINE_EXCEEDED" in str(error)
+    return f"not in time; {TOO_SLOW}" if out_of_time else in_words(error)
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -1,62 +1,79 @@
-"""What a run is doing, told from outside: by what it has said and which files are there."""
+"""Runs a module as `python -m` does, and keeps a file that says what it is doing.
+
+    python benchmarks/chaos_phases.py FILE dgpo_jax.train --config=configs/smoke.py
+
+The program itself is as it is: a thread beside it writes down what the watchdog would say. From this file, and from the
+checkpoints that are there, `look` tells in which phase a run is; phases need not be long enough to be met by chance.
+"""
 
 import contextlib
+import os
 import re
+import runpy
+import sys
+import threading
+import time
 from pathlib import Path
+from typing import NamedTuple
 
-from dgpo_jax.config import load
+LOOK_S = 0.002
+WIDTH = 200  # bytes of the file: always written over whole, so that nobody reads a half
+IMPORTS = "imports"
+NOTHING = "nothing that has a name"  # as `activity` says it
 
-STAGES = {  # how the first line of each begins
-    "dgpo_jax: ": "reading settings and problems",
-    "to compile, ": "compilation",
-    "compiled ": "reading weights",  # and without a warm start the first evaluation
-    "supervised warm start: ": "warm start",
-    "going on after iteration ": "iterations",
-    "iteration  ": "iterations",
+PHASES = {  # the part of a run, in the order of a run; and of an iteration, where they belong to one
+    "imports": 0, "compilation": 0, "weights": 0, "reading": 0,
+    "warm start": 1, "warm start's save": 1,
+    "rollout": 2, "update": 2, "evaluation": 2, "save": 2,
+}  # fmt: skip
+WORDS = {  # what `activity` says: the phase. Reading, of a checkpoint and older metrics, goes on without a name until work begins
+    r"imports": "imports",
+    r"(after )?compiling ": "compilation",
+    r"reading or making": "weights",
+    r"(after )?reading ": "reading",
+    r"warm start": "warm start",
+    r"iteration \d+, iteration, (rollout|verify)": "rollout",
+    r"iteration \d+, iteration, update": "update",
+    r"iteration \d+, eval": "evaluation",
 }
-ROW = re.compile(r"^ {3,8}(\d+)  ", re.MULTILINE)  # of the console's table
+BETWEEN = "between two"  # metrics and responses are written, a save begins
 
 
-def stage(text: str) -> str:
-    """What a process that has said this is about."""
-    lines = text.splitlines()
-    return next((name for begin, name in reversed(STAGES.items()) if any(line.startswith(begin) for line in lines)), "imports")
+class Place(NamedTuple):
+    """A phase of a run, and which one of its kind."""
+
+    phase: str
+    number: int = 0  # of the iteration; in a warm start, of the updates done; of a save what it is named after
+
+    def __str__(self):
+        return f"{self.phase} {self.number}" if PHASES.get(self.phase) else self.phase
 
 
-def has_started(text: str) -> bool:
-    """Whether compilation is over and weights are there."""
-    return stage(text) in ("warm start", "iterations")
-
-
-def name_phase(config: str, workdir: Path, text: str, saves: set) -> str:
-    """What a process is doing, by what it has said and which files are there.
+def look(workdir: Path, saves: set[tuple[str, int]]) -> list[Place]:
+    """What a run is doing: its phase, then the saves that are under way besides.
 
     Args:
-        saves: checkpoints that were unfinished before it began.
+        saves: checkpoints that were unfinished before it was started.
     """
-    found = stage(text)
-    saving = "".join(f", amid the save of {name}" for name, _ in sorted(unfinished(workdir) - saves)[:1])
-    if found == "warm start":
-        return f"warm start after update {(ROW.findall(text) or ['0'])[-1]}{saving}"
-    if found != "iterations":
-        return found + saving
-    rows = ROW.findall(text.partition("\niteration  ")[2])
-    restored = re.search(r"^going on after iteration (\d+)", text, re.MULTILINE)
-    done = int(rows[-1]) if rows else int(restored[1])
-    if not rows and not done:
-        return f"evaluation before iteration 1{saving}"
-    settings = load([f"--config={config}"])
-    if done >= settings.iterations:
-        return f"end{saving}"
-    if not (workdir / f"rollouts/iteration_{done + 1:06d}.jsonl").exists():
-        return f"rollout of iteration {done + 1}{saving}"
-    evaluated = done + 1 == settings.iterations or (settings.eval.every and (done + 1) % settings.eval.every == 0)
-    return f"update {'or evaluation ' if evaluated else ''}of iteration {done + 1}{saving}"
+    words = read_words(workdir)
+    phase = next((phase for pattern, phase in WORDS.items() if re.match(pattern, words)), BETWEEN)
+    found = re.match(r"(?:warm start .update|iteration) (\d+)", words)
+    return [Place(phase, int(found[1]) if found else 0), *(as_save(name) for name, _ in sorted(unfinished(workdir) - saves))]
 
 
-def group(phase: str) -> str:
-    """A phase without its number; all that met a save are one."""
-    return "save" if "amid the save" in phase else re.sub(r" (of iteration|after update) \d+", "", phase)
+def words_file(workdir: Path) -> Path:
+    """Where a run of this workdir says what it is doing."""
+    return Path(f"{workdir}.doing")
+
+
+def read_words(workdir: Path) -> str:
+    """What it says."""
+    return words_file(workdir).read_text(errors="replace").strip() or IMPORTS
+
+
+def as_save(name: str) -> Place:
+    """Of the name of a checkpoint in the workdir."""
+    return Place("warm start's save" if name.startswith("sft/") else "save", int(name.rpartition("_")[2]))
 
 
 def unfinished(workdir: Path) -> set[tuple[str, int]]:
@@ -67,3 +84,32 @@ def unfinished(workdir: Path) -> set[tuple[str, int]]:
             if not (path / "manifest.json").exists():
                 found.add((str(path.relative_to(workdir)), path.stat().st_ino))
     return found
+
+
+def say_what_is_done(path: str) -> None:
+    """From now on the file says what this process is doing, or did last."""
+    from dgpo_jax import activity
+
+    def watch() -> None:
+        file, last, iteration = os.open(path, os.O_WRONLY), IMPORTS, "0"
+        while True:
+            words = activity.describe()
+            if words == NOTHING:
+                words = last if last == IMPORTS or last.startswith("after ") else f"after {last}"
+            if words.startswith("eval"):  # nothing says of which iteration it is: of the last one, or of one of a process before
+                words = f"iteration {iteration}, {words}"
+            if words != last:
+                os.pwrite(file, words.encode()[:WIDTH].ljust(WIDTH), 0)
+                found = re.match(r"iteration (\d+)", words)
+                last, iteration = words, found[1] if found else iteration
+            time.sleep(LOOK_S)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+if __name__ == "__main__":
+    path, module = sys.argv[1:3]
+    sys.argv[:] = [module, *sys.argv[3:]]
+    sys.path[0] = os.getcwd()  # as under `python -m`
+    say_what_is_done(path)
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

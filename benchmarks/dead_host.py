@@ -4,8 +4,9 @@
 
 Each kill starts the run, waits for its second iteration, ends one process (SIGKILL: it is gone; SIGSTOP: its machine
 hangs, and its connections stay open), and measures the time until the last of the others has ended. Without the launcher they find
-out by themselves, by the heartbeat or by a connection that closes; with it they are ended. Process 0, where the others meet, and the
-last one take turns. Prints for each way the median, the worst, and how the others ended (-6: aborted by JAX; 76: found a connection closed).
+out by themselves, by the heartbeat or by a connection that closes; with it they are ended, but from a hang. Process 0, where the others meet, and the
+last one take turns. Prints for each way the median, the worst, how the others ended (-6: aborted by JAX; 76: found a connection closed) or the
+launcher (128 + signal), and how often its last line names the right process.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from dgpo_jax.launch import free_port
 ROOT = Path(__file__).parent.parent
 START_S = 300  # for the second iteration to come
 END_S = 180  # after which a survivor counts as hanging
-WAYS = (("SIGKILL", False), ("SIGSTOP", False), ("SIGKILL", True))  # and whether there is a launcher
+WAYS = (("SIGKILL", False), ("SIGSTOP", False), ("SIGKILL", True), ("SIGSTOP", True))  # and whether there is a launcher
 
 
 def environment(cache: Path, **more: str) -> dict[str, str]:
@@ -75,8 +76,8 @@ def wait_until(condition, seconds: float, what: str) -> float:
     return time.monotonic() - began
 
 
-def one_kill(folder: Path, cache: Path, options, heartbeat: int, number: str, launcher: bool, victim: int) -> tuple[float, list[int]]:
-    """Seconds from the signal to the end of the last survivor; the survivors' exit codes, or the launcher's."""
+def one_kill(folder: Path, cache: Path, options, heartbeat: int, number: str, launcher: bool, victim: int) -> tuple[float, list[int], bool]:
+    """Seconds from the signal to the end of the last survivor; the survivors' exit codes, or the launcher's; whether it named the victim."""
     folder.mkdir()
     command = [
         "dgpo_jax.train", f"--config={options.config}", f"--workdir={folder}/run", "--config.iterations=1000000",
@@ -90,7 +91,9 @@ def one_kill(folder: Path, cache: Path, options, heartbeat: int, number: str, la
             survivors = [pid for pid in pids if pid != pids[victim]]
             os.kill(pids[victim], getattr(signal, number))
             seconds = wait_until(lambda: all(map(gone, survivors)), END_S, "the end of the others")
-            return seconds, [process.wait(END_S) for process in started if launcher or process.pid in survivors]
+            codes = [process.wait(END_S) for process in started if launcher or process.pid in survivors]
+            verdict = [line for line in (folder / "log").read_text().splitlines() if line.startswith("launch: ")][-1:]
+            return seconds, codes, any(f"process {victim} (pid {pids[victim]})" in line for line in verdict)
         except TimeoutError as error:
             raise TimeoutError(f"{error}; it said last:\n{(folder / 'log').read_text()[-2000:]}") from None
         finally:
@@ -107,7 +110,7 @@ def main() -> None:
     parser.add_argument("--heartbeats", default="10,20", help="seconds, hosts.heartbeat_s")
     parser.add_argument("--config", default="tests/tiny_hosts.py")
     options = parser.parse_args()
-    print("heartbeat  signal   launcher  kills  median s  worst s  exit codes", flush=True)
+    print("heartbeat  signal   launcher  kills  median s  worst s  named  exit codes", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
         for heartbeat in map(int, options.heartbeats.split(",")):
             for number, launcher in WAYS:
@@ -119,8 +122,9 @@ def main() -> None:
                     for kill in range(options.kills)
                 ]  # fmt: skip
                 seconds, codes = [kill[0] for kill in kills], sorted({code for kill in kills for code in kill[1]})
+                named = sum(kill[2] for kill in kills) if launcher else "-"
                 row = f"{heartbeat:7d} s  {number}  {'yes' if launcher else 'no':8}  {len(kills):5d}"
-                print(f"{row}  {statistics.median(seconds):8.2f}  {max(seconds):7.2f}  {' '.join(map(str, codes))}", flush=True)
+                print(f"{row}  {statistics.median(seconds):8.2f}  {max(seconds):7.2f}  {named:>5}  {' '.join(map(str, codes))}", flush=True)
 
 
 if __name__ == "__main__":

@@ -77,7 +77,8 @@ def build_rollout(config: Config, parts: Parts, stopping: Stopping | None = None
 
 
 def make_collect(
-    config: Config, parts: Parts, programs: Programs, rollout, decode_params, checkers: Checkers, reward, writer: MetricsWriter, reference
+    config: Config, parts: Parts, programs: Programs, rollout, decode_params, checkers: Checkers, reward, writer: MetricsWriter, reference,
+    stopping: Stopping | None = None,
 ):  # fmt: skip
     """Returns the function (params, Backlog, iteration, Stopwatch) -> (Collected, Backlog).
 
@@ -89,8 +90,9 @@ def make_collect(
         decode_params: from `build.make_decode_params`, for the rollout.
         reward: from `rewarding.make_rewards`.
         reference: params of the weights that the run started from; read only by a KL in the reward.
+        stopping: asked while answers are checked whether to go on; None = always.
     """
-    settings = config.rollout
+    settings, stopping = config.rollout, stopping or Stopping()
     wanted = settings.prompts * (1 + settings.staleness)
 
     def draw(params, weights, position: int, key: Draw, stopwatch: Stopwatch) -> Checked:
@@ -102,7 +104,7 @@ def make_collect(
         with stopwatch("rollout"):
             responses = rollout(weights, parts.stream.take(position, settings.prompts), key, submit)
         with stopwatch("verify"):
-            verdicts = checkers.gather([tickets[row] for row in sorted(tickets)])
+            verdicts = checkers.gather([tickets[row] for row in sorted(tickets)], stopping.checking)
             everyone = hosts.gather((responses, verdicts, reward(responses, verdicts)))
         theirs = list(zip(*everyone, strict=True))
         responses, verdicts, worth = join_responses(theirs[0]), [verdict for some in theirs[1] for verdict in some], join_rewards(theirs[2])
@@ -165,7 +167,11 @@ def to_experience(config: Config, responses: Responses, worth: Rewards, iteratio
 
 
 def kl_charge(config: Config, parts: Parts, programs: Programs, params, reference, experience: Experience) -> np.ndarray:
-    """f32[B]: kl.coefficient times the distance to the reference summed over the response, for every response."""
+    """f32[B]: kl.coefficient times the distance to the reference summed over the response, for every response.
+
+    Raises:
+        ValueError: a reward would not be finite.
+    """
     rows = np.arange(len(experience.rewards))
     policy = experience.rollout.logprobs
     if config.update.old_logprobs == "trainer":
@@ -173,7 +179,15 @@ def kl_charge(config: Config, parts: Parts, programs: Programs, params, referenc
     distance = kl_estimate(
         config.kl.estimator, policy, score_responses(config, parts, programs, reference, experience, rows)
     )
-    return config.kl.coefficient * np.where(experience.rollout.response_mask, distance, 0).sum(axis=1)
+    charge = config.kl.coefficient * np.where(experience.rollout.response_mask, distance, 0).sum(axis=1)
+    broken = int((~np.isfinite(charge)).sum())
+    if broken:
+        raise ValueError(
+            f"{broken} of {len(charge)} responses have a KL that is not finite, and kl.place=reward would take it off their rewards:"
+            " weights that are NaN, or so large that the forward pass overflows. Go back to an older checkpoint (move the newest folder"
+            " out of checkpoints/) with a lower optimizer.learning_rate; if it is the model folder, try model.dtype=float32."
+        )
+    return charge
 
 
 def draw_metrics(config: Config, draws: Sequence[Checked]) -> dict[str, float]:

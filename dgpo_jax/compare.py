@@ -41,7 +41,7 @@ from dgpo_jax.methods import gradient_weights, trust_region
 from dgpo_jax.processes import Job, run_all, why_failed
 from dgpo_jax.restart import is_complete
 from dgpo_jax.session import say
-from dgpo_jax.workdir import claim_workdir
+from dgpo_jax.workdir import claim_workdir, write_config
 
 RATIOS = np.geomspace(0.01, 100, 2001)  # of weights.png
 
@@ -57,6 +57,8 @@ def compare(plan: Plan) -> list[Result]:
     if not plan.report_only:
         claim_workdir(plan.config, plan.workdir)
         with alone_in(plan.workdir):
+            write_config(plan.config, plan.workdir)
+
             # Act 1, warm starts: one per seed, for all its methods.
             if plan.config.sft.updates:
                 run_warm_starts(plan)

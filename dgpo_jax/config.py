@@ -17,7 +17,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -419,7 +419,7 @@ class CheckpointConfig:
     keep: int = 2  # newest checkpoints kept
     keep_best: int = 1  # kept besides: those with the best evaluations, saved whenever one is made; 0 = none
     best_by: str = ""  # metric that says which is best, such as eval/greedy; '' = eval/avg@k of the held-out problems, eval/greedy without samples
-    accept_changes: str = ""  # settings that may differ from those the run was started with, on purpose: 'optimizer.learning_rate, rollout' or problems (an edited data set); all = any
+    accept_changes: str = ""  # settings that may differ from those the run was started with, on purpose: 'optimizer.learning_rate, rollout', or problems (an edited data set), or model_files (other weights, tokenizer or chat template in model.path); all = any
 
     def __post_init__(self):
         require(self.every > 0, "checkpoint.every", self.every, "it counts iterations", "give at least 1")
@@ -534,6 +534,9 @@ MAY_CHANGE = (
     "sft.checkpoint_every", "profile", "peak_tflops", "stop_after_minutes", "grace_seconds", "deterministic", "guard", "hosts",
 )  # fmt: skip
 
+# Those of them that results depend on to rounding, so that a run which goes on under another value is no longer the same to the bit.
+CHANGES_ROUNDING = ("mesh", "rollout.slots", "update.tokens_per_device", "eval.responses", "deterministic")
+
 
 def parse_iterations(text: str) -> tuple[range, ...] | None:
     """'3,5-6' -> (range(3, 4), range(5, 7)); '' names none; None if the text is not of that form."""
@@ -560,11 +563,17 @@ def flatten(config: Config | dict) -> dict:
 
 def fixed_settings(config: Config) -> dict:
     """The settings that may not change when a run goes on, by dotted name."""
-    return {name: value for name, value in flatten(config).items() if not _may_change(name)}
+    return {name: value for name, value in flatten(config).items() if not is_among(name, MAY_CHANGE)}
 
 
-def _may_change(name: str) -> bool:
-    return name in MAY_CHANGE or name.split(".")[0] in MAY_CHANGE
+def rounding_settings(config: Config) -> dict:
+    """The settings that may change and change results to rounding, by dotted name."""
+    return {name: value for name, value in flatten(config).items() if is_among(name, CHANGES_ROUNDING)}
+
+
+def is_among(name: str, names: Collection[str]) -> bool:
+    """Whether a setting, by its dotted name, is one of these or in one of these groups."""
+    return name in names or name.split(".")[0] in names
 
 
 def default_workdir(config: Config) -> Path:
@@ -677,5 +686,5 @@ def to_json(config: Config) -> str:
 __all__ = [
     "CheckpointConfig", "CodeConfig", "Config", "CorrectionConfig", "DataConfig", "EvalConfig", "GuardConfig", "HostsConfig", "KlConfig", "LossConfig", "MeshConfig", "ModelConfig", "NoOptions",
     "OptimizerConfig", "PrepareConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "default_workdir",
-    "fixed_settings", "flatten", "load", "parse_command", "to_json",
+    "fixed_settings", "flatten", "is_among", "load", "parse_command", "rounding_settings", "to_json",
 ]  # fmt: skip

@@ -101,7 +101,7 @@ def export(options: Options) -> Path:
     refuse_existing(output)
     run = read_run(workdir, options.source)
     checkpoint = find_checkpoint(workdir, options.checkpoint)
-    iteration = check_arrays(checkpoint, run.model)
+    what = check_arrays(checkpoint, run.model)
     tokenizer = load_tokenizer(run.tokenizer)
     settings = make_config(run, tokenizer, options.dtype)
     generation = make_generation_config(run, tokenizer)
@@ -121,7 +121,7 @@ def export(options: Options) -> Path:
     # Act 3, what came out.
     of = "the warm start" if checkpoint.parents[1].name == "sft" else "the run"
     more = f" and {len(files) - 1} more" if files[1:] else ""
-    say(f"wrote          {output}: iteration {iteration} of {of}")
+    say(f"wrote          {output}: {what} of {of}")
     say(f"               {files[0].name}{more}, {size / 1e6:,.2f} MB; {', '.join(others)}\n")
     say("from transformers import AutoModelForCausalLM, AutoTokenizer")
     say(f"model, tokenizer = AutoModelForCausalLM.from_pretrained({str(output)!r}), AutoTokenizer.from_pretrained({str(output)!r})")
@@ -226,8 +226,8 @@ def find_best(folder: Path) -> Path:
     )
 
 
-def check_arrays(checkpoint: Path, model: ModelConfig) -> int:
-    """The iteration of a checkpoint, whose weights are those of the model in name, shape and dtype.
+def check_arrays(checkpoint: Path, model: ModelConfig) -> str:
+    """What a checkpoint is of, such as "iteration 12"; its weights are those of the model in name, shape and dtype.
 
     Raises:
         ValueError: they are not.
@@ -236,7 +236,8 @@ def check_arrays(checkpoint: Path, model: ModelConfig) -> int:
     saved = {name: what for name, what in details["arrays"].items() if name.startswith("params/")}
     target = {f"params/{name}": jax.ShapeDtypeStruct(row.shape, np.float32) for name, row in table(model).items()}
     require_same_arrays(checkpoint, saved, target)
-    return details["iteration"]
+    amid = details["extra"].get("collected") is not None  # a signal came then
+    return f"iteration {details['iteration']}, amid its updates," if amid else f"iteration {details['iteration']}"
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 
 from dgpo_jax import activity
 from dgpo_jax.config import HostsConfig
-from dgpo_jax.processes import ADDRESS, COUNT, INDEX
+from dgpo_jax.processes import ADDRESS, COUNT, INDEX, LOCAL_INDEX
 from dgpo_jax.sharding import MESH_AXES
 
 FAREWELL_S = 3.0  # that a process which found an error waits for others which may have found the same
@@ -45,8 +45,8 @@ def launched() -> bool:
 
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
-    """Of the processes of `dgpo_jax.launch` only the first is heard inside: all read the same command line."""
-    if os.environ.get(INDEX, "0") == "0":
+    """Of the processes of `dgpo_jax.launch` only the first of each machine is heard inside: they read the same command line and files."""
+    if os.environ.get(LOCAL_INDEX, "0") == "0":
         yield
         return
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
@@ -92,6 +92,7 @@ def find_coordinator(address: str | None, seconds: float) -> None:
     host, _, port = (address or "").rpartition(":")
     if not host or not port.isdigit():
         raise OSError(f"{ADDRESS}={address} is not HOST:PORT")
+    host = host.removeprefix("[").removesuffix("]")  # which IPv6 needs beside a port, and a socket refuses
     deadline = time.monotonic() + seconds
     while True:
         try:
@@ -214,6 +215,41 @@ def says_it(error: Exception) -> bool:
         return client.blocking_key_value_get(key, int(FAREWELL_S * 1000)) != str(error)
     except RuntimeError:  # process 0 has found none, or is gone
         return True
+
+
+def tell(topic: str, text: str) -> None:
+    """Leaves a text where all processes can read it, whatever they are doing, in place of this one's last on the topic.
+
+    Raises:
+        RuntimeError: the service that keeps it is gone, or not where this version of JAX has it.
+    """
+    _service().key_value_set(f"dgpo_jax/{topic}/{jax.process_index()}", text, allow_overwrite=True)
+
+
+def told(topic: str) -> dict[int, str]:
+    """What each process has left on the topic, by its number; nothing is waited for. Raises as `tell`."""
+    return {int(key.rpartition("/")[2]): text for key, text in _service().key_value_dir_get(f"dgpo_jax/{topic}/")}
+
+
+def exchange(topic: str, text: str) -> dict[int, str]:
+    """Tells it, and returns what the other processes told last; nothing where that cannot be had."""
+    if count() == 1:
+        return {}
+    try:
+        tell(topic, text)
+        return {process: theirs for process, theirs in told(topic).items() if process != jax.process_index()}
+    except RuntimeError:
+        return {}
+
+
+def _service() -> Any:
+    client = coordination_client()
+    if client is None:
+        raise RuntimeError(
+            f"JAX {jax.__version__} keeps its coordination service elsewhere, and without it several processes cannot agree on"
+            " checkpoints and stops; use JAX 0.10.2 to 0.12."
+        )
+    return client
 
 
 def coordination_client() -> Any:

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dgpo_jax import activity
 from dgpo_jax.build import Parts
 from dgpo_jax.config import Config
 from dgpo_jax.rl.advantages import group_advantages
@@ -25,7 +26,7 @@ from dgpo_jax.rl.packing import (
     unpack,
 )
 from dgpo_jax.rl.suspects import suspect_rows
-from dgpo_jax.rl.update import Programs, StepFigures, Totals, take_marked_update
+from dgpo_jax.rl.update import Programs, StepFigures, Totals, keep_pace, take_marked_update
 from dgpo_jax.sharding import rows_here, to_device, to_host
 from dgpo_jax.stopping import Stop
 from dgpo_jax.types import Experience, TrainBatch, TrainState
@@ -40,8 +41,10 @@ class StoppedAmid(Stop):
         skipped: updates skipped in a row.
     """
 
-    def __init__(self, state: TrainState, experience: Experience, results: Sequence[tuple[Totals, StepFigures]], skipped: int):
-        super().__init__()
+    def __init__(
+        self, state: TrainState, experience: Experience, results: Sequence[tuple[Totals, StepFigures]], skipped: int, code: int
+    ):
+        super().__init__(code)
         self.state, self.experience, self.results, self.skipped = state, experience, results, skipped
 
 
@@ -60,14 +63,17 @@ def learn(
         skipped: updates skipped in a row just before.
         results: of the updates that are in `state` already, as of StoppedAmid.
         report: is given the sequences to look at (`skipped_rows`) if an update was skipped, and not called otherwise.
-        between: called before each microbatch of an update; may raise Stop.
+        between: called before each microbatch that is scored or learned from; may raise Stop.
     Returns:
         (TrainState, metrics).
     Raises:
         StoppedAmid: where `between` says so. `state` is gone, as it is afterwards.
     """
     plans = plan_minibatches(config, parts, experience, advantages, iteration)
-    minibatches, gaps = complete_minibatches(config, parts, programs, state.params, reference, plans)
+    try:
+        minibatches, gaps = complete_minibatches(config, parts, programs, state.params, reference, plans, between)
+    except Stop as stop:
+        raise StoppedAmid(state, experience, results, skipped, stop.code) from stop
     rate = to_device(np.float32(learning_rate(config.optimizer, iteration - 1)), parts.shardings.scalar)
     before = len(results)
     state, made, marks, stop = make_updates(programs, state, islice(minibatches, before, None), rate, between)
@@ -83,7 +89,7 @@ def learn(
     if stop is not None:
         if results and scored:  # before the first update the weights that sampled are still there
             experience = with_old_logprobs(experience, plans, scored)
-        raise StoppedAmid(state, experience, results, skipped) from stop
+        raise StoppedAmid(state, experience, results, skipped, stop.code) from stop
     gaps, rate = to_host((gaps, rate))
     layouts = [plan.layout for plan in plans]
     fresh = bool((experience.iteration == iteration).all())
@@ -224,14 +230,16 @@ def packing_shape(config: Config, parts: Parts) -> Shape:
     return Shape(**row_shape(config, parts), devices=parts.replicas, attention=attention)
 
 
-def complete_minibatches(config: Config, parts: Parts, programs: Programs, params, reference, plans: Sequence[Plan]):
+def complete_minibatches(
+    config: Config, parts: Parts, programs: Programs, params, reference, plans: Sequence[Plan], between: Callable[[], object] = lambda: None
+):
     """Brings the microbatches to the device, with all log-probabilities that the loss needs.
 
-    Nothing here waits for the device: while it scores one microbatch, the next is packed.
+    While the device scores one microbatch, the next is packed.
 
     Args:
         params: that sampled those responses whose old_logprobs are missing.
-        reference: as in `learn`.
+        reference, between: as in `learn`.
     Returns:
         (per update a list of TrainBatches on the device, list of Totals of the gap to the sampler's). Under
         update.old_logprobs='sampler' nothing has to be scored before the first update: then the first is an iterator,
@@ -240,6 +248,8 @@ def complete_minibatches(config: Config, parts: Parts, programs: Programs, param
     gaps = []
 
     def complete(batch: TrainBatch, unscored: bool) -> TrainBatch:
+        keep_pace(gaps)
+        between()
         batch = to_device(batch, parts.shardings.batch)
         if config.kl.in_loss:
             batch = batch._replace(ref_logprobs=programs.score(reference, batch))
@@ -262,6 +272,8 @@ def complete_minibatches(config: Config, parts: Parts, programs: Programs, param
 def score_waiting(config: Config, parts: Parts, programs: Programs, params, waiting: Experience) -> Experience:
     """Gives groups that will be learned from later the log-probabilities of the weights that sampled them.
 
+    One that is not finite becomes -inf, which is no NaN and so "scored": it makes the update that will meet it a skipped one.
+
     Args:
         params: those weights, of the groups that have none yet.
     """
@@ -272,30 +284,25 @@ def score_waiting(config: Config, parts: Parts, programs: Programs, params, wait
     if not len(rows):
         return waiting
     logprobs = score_responses(config, parts, programs, params, waiting, rows)
-    return waiting._replace(old_logprobs=np.where(np.isnan(logprobs), waiting.old_logprobs, logprobs))
+    scored = np.isin(np.arange(len(logprobs)), rows)[:, None] & waiting.rollout.response_mask
+    logprobs = np.where(np.isfinite(logprobs), logprobs, -np.inf)
+    return waiting._replace(old_logprobs=np.where(scored, logprobs, waiting.old_logprobs))
 
 
 def score_responses(config: Config, parts: Parts, programs: Programs, params, experience: Experience, rows) -> np.ndarray:
-    """f32[B, R]: log-probabilities of the responses `rows`, to the host; NaN elsewhere.
-
-    Raises:
-        ValueError: one of them is not finite.
-    """
+    """f32[B, R]: log-probabilities of the responses `rows`, to the host; NaN elsewhere."""
     nothing = np.zeros(len(experience.rewards))
     examples = to_examples(experience, rows, nothing, nothing, nothing)
     plan = Plan(rows, examples, lay_out(examples, packing_shape(config, parts)))
-    on_device = [programs.score(params, to_device(batch, parts.shardings.batch)) for batch in microbatches(parts, plan)]
+    on_device = []
+    for batch in microbatches(parts, plan):
+        keep_pace(on_device)
+        activity.beat()
+        on_device.append(programs.score(params, to_device(batch, parts.shardings.batch)))
     logprobs = np.full_like(experience.old_logprobs, np.nan)
     scored = unpack(to_host(on_device), plan.examples, plan.layout)
     for row, values in zip(rows, scored, strict=True):
         logprobs[row, : len(values)] = values
-    broken = sum(not np.isfinite(values).all() for values in scored)
-    if broken:  # NaN would mean "not scored yet"
-        raise ValueError(
-            f"{broken} of {len(scored)} responses have a log-probability that is not finite: weights that are NaN, or so"
-            " large that the forward pass overflows. Go back to an older checkpoint (move the newest folder out of"
-            " checkpoints/) with a lower optimizer.learning_rate; if it is the model folder, try model.dtype=float32."
-        )
     return logprobs
 
 

@@ -3,10 +3,12 @@
 Known from shapes alone; activations are not counted, but by the margin.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
+from dgpo_jax import hosts
 from dgpo_jax.build import Actor, Parts
 from dgpo_jax.config import Config
 from dgpo_jax.hardware import device_chip
@@ -45,14 +47,24 @@ def forecast_memory(config: Config, parts: Actor | Parts) -> Memory:
     )
 
 
-def device_memory(parts: Actor | Parts) -> float | None:
-    """Bytes that one device may use; None where it is not known, as on a CPU."""
-    device = parts.mesh.devices.flat[0]
-    if device.platform == "cpu":
+def device_memory(mesh: Mesh) -> float | None:
+    """Bytes that each device may use: of the process that has least, the same on all; None where it is not known, as on a CPU.
+
+    Every process must call it, in the same order among other collective calls.
+    """
+    devices = mesh.devices.flatten().tolist()
+    if devices[0].platform == "cpu":
         return None
+    # Only a process's own devices tell it; those of a topology, which are only compiled for, may all be of other processes.
+    own = next((device for device in devices if device.process_index == jax.process_index()), devices[0])
+    known = [memory for memory in hosts.gather(_memory_of(own)) if memory is not None]
+    return min(known, default=None)
+
+
+def _memory_of(device: Any) -> float | None:
     try:
         stats = device.memory_stats() or {}
-    except jax.errors.JaxRuntimeError:  # a device of a topology, which is only compiled for
+    except jax.errors.JaxRuntimeError:  # a device of a topology
         stats = {}
     if "bytes_limit" in stats:
         return float(stats["bytes_limit"])
@@ -61,15 +73,17 @@ def device_memory(parts: Actor | Parts) -> float | None:
 
 
 def choose_slots(config: Config, parts: Actor | Parts) -> int:
-    """Responses decoded at once, over all replicas: rollout.slots, or as many as fit.
+    """Responses decoded at once, over all replicas: rollout.slots, or as many as fit; the same on every process, which all must call it.
 
     Raises:
         ValueError: not even one fits.
     """
     responses = config.rollout.prompts * config.rollout.group_size
-    capacity = device_memory(parts)
-    if config.rollout.slots or capacity is None:
-        return min(config.rollout.slots or responses, responses)
+    if config.rollout.slots:
+        return min(config.rollout.slots, responses)
+    capacity = device_memory(parts.mesh)
+    if capacity is None:
+        return responses
     need = forecast_memory(config, parts)
     taken = need.state + need.decode + need.reference
     each = int((capacity * (1 - MARGIN) - taken) // need.slot)

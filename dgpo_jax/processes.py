@@ -18,8 +18,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-# What `launch` tells the processes of one run; JAX_COORDINATOR_ADDRESS is JAX's own name.
-ADDRESS, COUNT, INDEX = "JAX_COORDINATOR_ADDRESS", "DGPO_JAX_PROCESSES", "DGPO_JAX_PROCESS"
+# What `launch` tells the processes of one run: where they meet, how many there are, which one this is, and which of its machine's.
+ADDRESS = "JAX_COORDINATOR_ADDRESS"  # JAX's own name
+COUNT, INDEX, LOCAL_INDEX = "DGPO_JAX_PROCESSES", "DGPO_JAX_PROCESS", "DGPO_JAX_LOCAL_PROCESS"
 STOPPED_EARLY = 75  # exit code of a run that saved and stopped; EX_TEMPFAIL of sysexits.h: try again later
 NOTHING_MOVED = 76  # of one that the watchdog ended, or that lost another process
 POLL_S = 0.1

@@ -14,10 +14,11 @@ from dgpo_jax import activity
 from dgpo_jax.build import Parts, abstract_state
 from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.collecting import Backlog, Collected, nothing_drawn
-from dgpo_jax.config import Config
-from dgpo_jax.rl.experience import from_arrays, group_count, to_arrays
+from dgpo_jax.config import Config, fixed_settings
+from dgpo_jax.rl.experience import from_arrays, group_count, group_size, to_arrays
 from dgpo_jax.rl.update import StepFigures, Totals
-from dgpo_jax.types import TrainState
+from dgpo_jax.session import say
+from dgpo_jax.types import Experience, TrainState
 
 
 class Progress(NamedTuple):
@@ -79,20 +80,42 @@ def restore(config: Config, parts: Parts, checkpoints: Checkpoints) -> Progress 
     """From the newest sound checkpoint; None if there is none.
 
     Raises:
-        ValueError: it has other arrays than this run.
+        ValueError: it has other arrays than this run, or is amid updates that were begun with other settings.
     """
-    with activity.doing("reading the checkpoint"):
+    with activity.doing("reading the checkpoint", gauge=activity.traffic):
         restored = checkpoints.restore(abstract_state(parts))
     if restored is None:
         return None
     number, state, extra, arrays = restored
     waiting = without_prefix("waiting", arrays)
-    backlog = Backlog(extra["position"], from_arrays(waiting) if waiting else nothing_drawn(config).waiting)
+    backlog = Backlog(extra["position"], usable(config, from_arrays(waiting)) if waiting else nothing_drawn(config).waiting)
     progress = Progress(number, state, extra["skipped_in_a_row"], backlog, extra["unwritten"])
     if extra["collected"] is None:
         return progress
+    refuse_changes_amid(config, extra["run"].get("settings", {}), number)
     experience, results = from_arrays(without_prefix("experience", arrays)), results_from_arrays(without_prefix("results", arrays))
     return progress._replace(done=number - 1, collected=Collected(experience, extra["collected"], results))
+
+
+def usable(config: Config, waiting: Experience) -> Experience:
+    """The groups that wait; none of them where sizes were changed on purpose since they were sampled."""
+    settings = config.rollout
+    shape = (group_size(waiting), waiting.prompts.tokens.shape[1], waiting.rollout.response.shape[1])
+    fits = shape == (settings.group_size, settings.max_prompt, settings.max_response)
+    if fits and group_count(waiting) < settings.prompts * (1 + settings.staleness):  # an iteration begins with a draw
+        return waiting
+    say(f"note: {group_count(waiting)} groups that waited were sampled for other sizes (rollout was changed); they are left out")
+    return nothing_drawn(config).waiting
+
+
+def refuse_changes_amid(config: Config, before: Mapping[str, Any], iteration: int) -> None:
+    """Raises ValueError if updates of an iteration would go on under other settings, even if the change is accepted."""
+    changed = [name for name, value in fixed_settings(config).items() if name in before and before[name] != value]
+    if changed:
+        raise ValueError(
+            f"the newest checkpoint is amid the updates of iteration {iteration}, which began with other settings ({', '.join(changed)});"
+            f" finish it with those and --config.iterations={iteration}, and change them then."
+        )
 
 
 def is_complete(found: tuple[int, dict] | None, iterations: int) -> bool:

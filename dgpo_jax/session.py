@@ -5,7 +5,9 @@ import os
 import resource
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +20,7 @@ from dgpo_jax.data.prompts import Template
 from dgpo_jax.data.tokenizers import Tokenizer
 from dgpo_jax.flags import set_flags
 from dgpo_jax.metrics import MetricsWriter, NoMetrics
-from dgpo_jax.processes import NOTHING_MOVED, STOPPED_EARLY
+from dgpo_jax.processes import NOTHING_MOVED
 from dgpo_jax.stopping import Stop, Stopping
 from dgpo_jax.types import Problem
 from dgpo_jax.watchdog import Watchdog
@@ -29,10 +31,10 @@ CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
 def run_command(
     program: str, description: str, story: Callable[..., object], options: type = NoOptions, several: bool = False
 ) -> None:
-    """Runs a story as a command: bad input is one line and exit code 1, never a traceback.
+    """Runs a story as a command: bad input is one line and exit code 1, never a traceback. That is for faults of the program.
 
     DGPO_JAX_TRACEBACK=1 shows the traceback all the same. Other exit codes: 2 for a bad command line, STOPPED_EARLY,
-    NOTHING_MOVED where another process was lost or the watchdog ended it, 130 for a second Ctrl-C.
+    NOTHING_MOVED where another process was lost or the watchdog stopped or ended it, 130 for a second Ctrl-C.
 
     Args:
         story: called as story(config, workdir), the workdir found by the settings if none was given; with `options`
@@ -53,15 +55,19 @@ def run_command(
             story(config, workdir or default_workdir(config))
         else:
             story(config, workdir, chosen)
-    except Stop:  # said already
+    except Stop as stop:  # said already
         if hosts.count() > 1:
-            raise SystemExit(STOPPED_EARLY) from None
+            raise SystemExit(stop.code) from None
         sys.stdout.flush()
-        os._exit(STOPPED_EARLY)  # all is closed; Python would wait for a compilation that was broken off
-    except (ValueError, OSError, RuntimeError) as error:
-        if os.environ.get("DGPO_JAX_TRACEBACK"):
+        os._exit(stop.code)  # all is closed; Python would wait for a compilation that was broken off
+    except Exception as error:
+        if isinstance(error, ValueError | OSError | RuntimeError) and not os.environ.get("DGPO_JAX_TRACEBACK"):
+            report(error)
+        elif hosts.count() == 1:
             raise
-        report(error)
+        else:  # raised, it would reach the farewell in which JAX waits for the others, which may wait for us, and then aborts
+            print(f"{hosts.name()}:", file=sys.stderr)
+            traceback.print_exc()
         hosts.leave(NOTHING_MOVED if hosts.lost_a_process(error) else 1)
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from what is on the disk", file=sys.stderr)
@@ -105,8 +111,8 @@ def say_prompt(problem: Problem, template: Template, tokenizer: Tokenizer) -> No
 
 def watchdog(config: Config, workdir: Path, stopping: Stopping) -> Watchdog:
     """Which says what the run waits for when nothing moves."""
-    stop = stopping.request if config.guard.stop_when_silent else None
-    return Watchdog(config.guard.silence_minutes * 60, workdir / "stacks", hosts.name(), stop)
+    stop = partial(stopping.request, code=NOTHING_MOVED) if config.guard.stop_when_silent else None
+    return Watchdog(config.guard.silence_minutes * 60, workdir / "stacks", hosts.name(), stop, partial(hosts.exchange, "activity"))
 
 
 class Stopwatch:

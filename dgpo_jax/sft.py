@@ -18,7 +18,7 @@ from dgpo_jax.recipe import published, resolve
 from dgpo_jax.restart import at_the_start, save
 from dgpo_jax.session import run_command, say, watchdog
 from dgpo_jax.stopping import Stopping
-from dgpo_jax.supervised import warm_start
+from dgpo_jax.supervised import solved_problems, warm_start
 from dgpo_jax.workdir import check_disk, claim, claim_sets
 
 
@@ -42,12 +42,13 @@ def sft(config: Config, workdir: str | Path) -> dict[str, float]:
         stopping = stack.enter_context(Stopping(config.grace_seconds, config.stop_after_minutes * 60))
         stack.enter_context(watchdog(config, workdir, stopping))
         parts = build_parts(config)
-        record = claim_sets(config, workdir, parts, found)
+        solved = solved_problems(config, parts)
+        record = claim_sets(config, workdir, parts, found, solved)
         print_plan(config, parts, workdir, chosen_for_you)
         check_disk(config, parts, workdir)
         checkers = stack.enter_context(build_checkers(config, parts.problems()))
         checkpoints = stack.enter_context(Checkpoints(workdir / "checkpoints", config.checkpoint.keep))
-        state = fresh_state(parts, warm_start(config, parts, workdir, stopping).params)
+        state = fresh_state(parts, warm_start(config, parts, workdir, stopping, solved, record).params)
         save(checkpoints, at_the_start(config, state), record)
         scores, _ = make_evaluation(config, parts, checkers, stopping)(make_decode_params(parts)(state.params))
         checkpoints.wait(required=True)

@@ -6,7 +6,9 @@ A phase of its own with files of its own under `workdir/sft/`. `train` runs it b
 
 import math
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,30 +26,55 @@ from dgpo_jax.session import open_writer, say
 from dgpo_jax.sharding import to_device, to_host
 from dgpo_jax.stopping import Stop, Stopping
 from dgpo_jax.types import TrainState
+from dgpo_jax.workdir import WARM_START, settle
 
 SUPERVISED = LossSettings("reinforce", {}, temperature=1.0, logprob_chunk=512)
 
 
-def warm_start(config: Config, parts: Parts, workdir: Path, stopping: Stopping) -> TrainState:
+class Skipped(NamedTuple):
+    """Updates that changed nothing, for something in them was not finite. Checkpoints keep it: a stop changes no later line, nor what ends the run."""
+
+    since_line: int = 0  # since the last line of metrics
+    in_a_row: int = 0  # up to the last update
+    longest: int = 0  # in a row, as it was at any time since the last line
+
+    def after(self, flags: Iterable[bool]) -> "Skipped":
+        """With so many updates more, each of which was skipped or not."""
+        since_line, in_a_row, longest = self
+        for skipped in flags:
+            since_line, in_a_row = since_line + bool(skipped), in_a_row + 1 if skipped else 0
+            longest = max(longest, in_a_row)
+        return Skipped(since_line, in_a_row, longest)
+
+    def after_line(self) -> "Skipped":
+        """With a line of metrics written."""
+        return Skipped(in_a_row=self.in_a_row)
+
+
+def warm_start(config: Config, parts: Parts, workdir: Path, stopping: Stopping, stream: ProblemStream, record: Mapping[str, Any]) -> TrainState:
     """Trains on `sft.updates` minibatches of worked solutions.
 
     Goes on from its own newest checkpoint; its metrics are in `workdir/sft/metrics.jsonl`, one object per update.
 
     Args:
         stopping: asked between updates; before it raises Stop, what has been learned is saved.
+        stream: from `solved_problems`.
+        record: of the run, from `workdir.claim_sets`.
     Returns:
         The state after the last update, its optimizer's moments included.
     Raises:
-        ValueError: a problem without a solution, or one that does not fit the prompt and response slots.
+        ValueError: a solution that does not fit the response slots, or optimizer.max_skipped updates skipped in a row.
     """
-    stream = solved_problems(config, parts)
     loss = SUPERVISED._replace(logprob_chunk=config.update.logprob_chunk)
     programs = make_programs(parts.model, parts.optimizer, loss, parts.shardings)
-    folder = workdir / "sft"
+    folder = workdir / WARM_START
     with Checkpoints(folder / "checkpoints", keep=1) as checkpoints:
-        with activity.doing("reading or making weights"):
-            restored = checkpoints.restore(abstract_state(parts))
-            done, state = restored[:2] if restored else (0, build_state(config, parts))
+        done, state, skipped = find_start(config, parts, checkpoints)
+        settle(config, workdir, record)
+
+        def save() -> None:
+            checkpoints.save(done, state, {"run": dict(record), "skipped": skipped._asdict()})
+
         with (
             open_writer(folder, done + 1, console_columns=WARM_START_COLUMNS, unit="update") as writer,
             activity.doing("warm start", lambda: f"update {done} of {config.sft.updates}"),
@@ -55,38 +82,67 @@ def warm_start(config: Config, parts: Parts, workdir: Path, stopping: Stopping) 
         ):
             advance(done)
             began, logged, first = time.perf_counter(), done, done
-            flags = []  # of the updates since the last line, on the device: whether they were skipped
+            flags = []  # of the updates that `skipped` does not count yet, on the device: to ask each at once would wait for it
             for update in range(done + 1, config.sft.updates + 1):
                 try:
-                    stopping.update()
+                    stopping.update(limited=True)
                 except Stop:
-                    if done > first:
-                        checkpoints.save(done, state, {})
+                    skipped = skipped.after(to_host(flags))
+                    if done > first and not skipped.in_a_row:
+                        save()
                         checkpoints.wait(required=True)
-                    say(f"warm start stopped ({stopping.reason}) and saved after update {done} of {config.sft.updates}; the same command goes on")
+                    say(how_it_stopped(config, stopping, done, skipped))
                     raise
-                last = update == config.sft.updates
                 state, results = supervised_update(config, parts, programs, stream, state, update - 1)
                 flags.append(results[1].skipped)
-                if last or update % config.sft.log_every == 0:
-                    metrics = to_metrics(results)
-                    if sum(to_host(flags)) == len(flags):
-                        raise ValueError(
-                            f"all of the last {len(flags)} updates of the warm start had a gradient, a loss or a log-probability that"
-                            " is not finite; lower sft.learning_rate, or look at its solutions."
-                        )
-                    flags.clear()
+                done, last = update, update == config.sft.updates
+                line, due = last or update % config.sft.log_every == 0, last or update % config.sft.checkpoint_every == 0
+                if line or due:
+                    skipped, flags = skipped.after(to_host(flags)), []
+                if line:
+                    metrics = to_metrics(results) | {"optim/skipped": float(skipped.since_line)}
                     # Updates run behind the host, so only their mean since the last line is a time.
                     seconds = (time.perf_counter() - began) / (update - logged)
                     began, logged = time.perf_counter(), update
                     speed = metrics["sft/tokens"] / seconds / parts.mesh.size
                     metrics |= {"time/update": seconds, "speed/update_tokens_per_second_per_device": speed}
                     writer.write(update, metrics)
-                if last or update % config.sft.checkpoint_every == 0:
-                    checkpoints.save(update, state, {})
-                done = update
+                    check_skipped(config, skipped, folder)
+                    skipped = skipped.after_line()
+                if due and (last or not skipped.in_a_row):  # weights that have gone wrong must not displace good ones
+                    save()
                 advance()
     return state
+
+
+def find_start(config: Config, parts: Parts, checkpoints: Checkpoints) -> tuple[int, TrainState, Skipped]:
+    """Where the warm start goes on: after how many updates, and with what."""
+    with activity.doing("reading or making weights", gauge=activity.traffic):
+        restored = checkpoints.restore(abstract_state(parts))
+        if restored is None:
+            return 0, build_state(config, parts), Skipped()
+    return restored.iteration, restored.state, Skipped(**restored.extra.get("skipped", {}))
+
+
+def how_it_stopped(config: Config, stopping: Stopping, done: int, skipped: Skipped) -> str:
+    """A line for the person watching, of a warm start that was asked to stop."""
+    if skipped.in_a_row:
+        return f"warm start stopped ({stopping.reason}) while updates are being skipped, so nothing was saved: the same command goes on from its newest checkpoint"
+    return f"warm start stopped ({stopping.reason}) and saved after update {done} of {config.sft.updates}; the same command goes on"
+
+
+def check_skipped(config: Config, skipped: Skipped, folder: Path) -> None:
+    """Ends a warm start of which too many updates in a row were skipped; nothing was saved amid them.
+
+    Raises:
+        ValueError: with what happened.
+    """
+    if skipped.longest >= config.optimizer.max_skipped:
+        raise ValueError(
+            f"{skipped.longest} updates of the warm start in a row had a gradient, a loss or a log-probability that is not finite, and"
+            f" optimizer.max_skipped is {config.optimizer.max_skipped}; lower sft.learning_rate, or look at its solutions, and delete"
+            f" {folder} to begin it anew."
+        )
 
 
 def solved_problems(config: Config, parts: Parts) -> ProblemStream:
@@ -126,7 +182,7 @@ def supervised_update(config: Config, parts: Parts, programs: Programs, stream: 
 
 
 def to_metrics(of_update) -> dict[str, float]:
-    """The figures of one update as they are written."""
+    """The figures of one update as they are written, but what is counted since the last line."""
     totals, figures, rate = of_update
     totals, figures = to_host((totals, figures))
     tokens = float(totals.sums["tokens"])
@@ -135,7 +191,6 @@ def to_metrics(of_update) -> dict[str, float]:
         "sft/entropy": float(totals.sums["entropy"]) / tokens,
         "sft/tokens": tokens,
         "optim/grad_norm": float(figures.grad_norm),
-        "optim/skipped": float(figures.skipped),
         "optim/learning_rate": rate,
     }
 

@@ -39,6 +39,7 @@ from dgpo_jax.checkpoint import Checkpoints, locate, peek, read_params
 from dgpo_jax.collecting import Collected, build_rollout, make_collect
 from dgpo_jax.compiling import compile_run, rollout_programs, update_programs
 from dgpo_jax.config import Config
+from dgpo_jax.data.problems import ProblemStream
 from dgpo_jax.evaluation.in_training import make_evaluation
 from dgpo_jax.health import Health
 from dgpo_jax.learning import StoppedAmid, compute_advantages, learn, score_waiting
@@ -54,8 +55,8 @@ from dgpo_jax.rl.update import Programs
 from dgpo_jax.session import Stopwatch, memory_metrics, open_writer, run_command, say, watchdog
 from dgpo_jax.speed import speed_metrics, update_work
 from dgpo_jax.stopping import Stop, Stopping
-from dgpo_jax.supervised import warm_start
-from dgpo_jax.workdir import check_disk, claim, claim_sets
+from dgpo_jax.supervised import solved_problems, warm_start
+from dgpo_jax.workdir import check_disk, claim, claim_sets, settle
 
 
 class Run(NamedTuple):
@@ -98,7 +99,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
 
         # In the order of what can go wrong cheaply; compiled before the first weight is read.
         reward, parts = make_rewards(config), build_parts(config)
-        record = claim_sets(config, workdir, parts, found)
+        solved = solved_problems(config, parts) if config.sft.updates else None
+        record = claim_sets(config, workdir, parts, found, solved)
         print_plan(config, parts, workdir, chosen_for_you)
         check_disk(config, parts, workdir)
         checkers = stack.enter_context(build_checkers(config, parts.problems()))
@@ -113,15 +115,16 @@ def train(config: Config, workdir: str | Path) -> dict[str, float]:
         sampled_with = [(decode_params, evaluate.samplers, False), (rollout_params, {"": rollout.sampler}, config.rollout.int8_weights)]
         compiling = compile_all(config, parts, programs, sampled_with)
 
-        now = find_start(config, parts, checkpoints, workdir, record, stopping)
+        now = find_start(config, parts, checkpoints, workdir, record, stopping, solved)
         reference = find_reference(config, parts, workdir)
+        settle(config, workdir, record)
         writer = stack.enter_context(open_writer(workdir, resume_iteration=now.next_line, sampled=now.next_rollout))
         health = Health(config, parts.model.compute_dtype.name)
         health.replay(read_metrics(workdir / "metrics.jsonl") if hosts.is_first() else [])
         health.replay([{"iteration": now.done} | now.unwritten] if now.unwritten else [])
         advance = stack.enter_context(progress("iterations", config.iterations))
         stopwatch = stack.enter_context(Stopwatch(show=lambda part: advance(0, part)))
-        collect = make_collect(config, parts, programs, rollout, rollout_params, checkers, reward, writer, reference)
+        collect = make_collect(config, parts, programs, rollout, rollout_params, checkers, reward, writer, reference, stopping)
         run = Run(
             config, workdir, parts, programs, collect, evaluate, decode_params, reference, checkpoints, record, writer, health,
             stopping, stopwatch, advance,
@@ -153,7 +156,9 @@ def iterate(run: Run, now: Progress, compiling: float) -> None:
         elif now.next_line == 0:
             evaluation(run, now, {"time/compile_ahead": compiling}, due=True)
         for iteration in range(now.done + 1, config.iterations + 1):
-            run.stopping.boundary(whole=now.collected is None)
+            last = iteration == config.iterations
+            due = last or bool(config.eval.every and iteration % config.eval.every == 0)
+            run.stopping.boundary(whole=now.collected is None, evaluates=due)
             with profiled(config, run.workdir, iteration), activity.doing(f"iteration {iteration}"), stopwatch("iteration"):
                 # Act 1, collect: the weights as they are answer prompts, worker processes check the answers.
                 if now.collected is None:  # else a stop amid the updates has left it
@@ -182,17 +187,15 @@ def iterate(run: Run, now: Progress, compiling: float) -> None:
             now = Progress(iteration, state, learned["optim/skipped_in_a_row"], now.backlog, metrics)
 
             # Act 4, evaluation: held-out problems, every so many iterations and after the last. It ends the line of metrics.
-            last = iteration == config.iterations
-            due = last or (config.eval.every and iteration % config.eval.every == 0)
             metrics = evaluation(run, now, metrics, due)
             now = now._replace(unwritten=None)
 
             # Act 5, checkpoint: from here the run can go on after a kill.
+            check_skipped(run, now.skipped)
             score = best_score(config, metrics)
             if needs_saving(run, now, saved, score):
                 save(run.checkpoints, now, run.record, score)
                 saved = now
-            check_skipped(run, now.skipped)
             run.advance()
     except StoppedAmid as stop:
         metrics = now.collected.metrics | stopwatch.take(earlier=now.collected.metrics)
@@ -229,18 +232,22 @@ def compile_all(config: Config, parts: Parts, programs: Programs, sampled_with) 
 
 
 def find_start(
-    config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path, record: dict, stopping: Stopping
+    config: Config, parts: Parts, checkpoints: Checkpoints, workdir: Path, record: dict, stopping: Stopping, solved: ProblemStream | None
 ) -> Progress:
-    """Where the run goes on, by the precedence in this module's docstring."""
+    """Where the run goes on, by the precedence in this module's docstring.
+
+    Args:
+        solved: what the warm start learns from; None = there is none.
+    """
     restored = restore(config, parts, checkpoints)
     if restored is not None:
         say(f"going on after {restored.in_words(config)}")
         return restored
-    if not config.sft.updates:
-        with activity.doing("reading or making weights"):
+    if solved is None:
+        with activity.doing("reading or making weights", gauge=activity.traffic):
             return at_the_start(config, build_state(config, parts))
     say(f"supervised warm start: {config.sft.updates} updates, metrics in {workdir}/sft/metrics.jsonl")
-    start = at_the_start(config, fresh_state(parts, warm_start(config, parts, workdir, stopping).params))
+    start = at_the_start(config, fresh_state(parts, warm_start(config, parts, workdir, stopping, solved, record).params))
     save(checkpoints, start, record)
     return start
 
@@ -269,6 +276,7 @@ def find_reference(config: Config, parts: Parts, workdir: Path):
 def evaluation(run: Run, now: Progress, metrics: dict[str, Any], due: bool) -> dict[str, Any]:
     """Evaluates if that is due, and writes the line of metrics, which it returns."""
     if due:
+        run.stopping.evaluation()
         with run.stopwatch("eval"):
             scores, rows = run.evaluate(run.decode_params(now.state.params))
         if rows:
@@ -320,9 +328,11 @@ def check_skipped(run: Run, skipped: int) -> None:
         ValueError: with what happened.
     """
     if skipped >= run.config.optimizer.max_skipped:
+        rows = run.workdir / "nonfinite"
+        look = f"Look at {rows}, or lower" if rows.exists() else "Lower"  # a sampler that overflows gives no sequence to look at
         raise ValueError(
             f"{skipped} updates in a row had a gradient, a loss or a log-probability that is not finite, and optimizer.max_skipped is"
-            f" {run.config.optimizer.max_skipped}; the newest checkpoint is from before them. Look at {run.workdir}/nonfinite, or lower"
+            f" {run.config.optimizer.max_skipped}; the newest checkpoint is from before them. {look}"
             " optimizer.learning_rate and give checkpoint.accept_changes=optimizer.learning_rate."
         )
 
@@ -340,14 +350,28 @@ def save_early(run: Run, now: Progress, saved: Progress) -> None:
     if now is not saved:
         save(run.checkpoints, now, run.record)
         run.checkpoints.wait(required=True)
+    elif hosts.from_first(lambda: peek(run.workdir / "checkpoints")) is None:
+        say(f"stopped ({reason}) before the first iteration, so nothing was saved: the same command begins anew")
+        return
     say(f"stopped ({reason}) and saved after {now.in_words(run.config)}; the same command goes on from there")
 
 
 def nothing_to_do(config: Config, workdir: Path, done: int) -> dict[str, float]:
-    """Of a run that was finished before."""
+    """Of a run that was finished before.
+
+    Raises:
+        ValueError: its metrics are gone.
+    """
+    hosts.from_first(lambda: require_metrics(workdir / "metrics.jsonl"))
     say(f"nothing to do: all {config.iterations} iterations were done before; raise iterations to go on")
     open_writer(workdir, resume_iteration=done + 1).close()  # lines of a longer run that was killed
     return finish(config, workdir)
+
+
+def require_metrics(path: Path) -> None:
+    """Refuses a finished run without its metrics: opened for writing, the file would be there and empty."""
+    if not path.exists() or not read_metrics(path):
+        raise ValueError(f"{path} has no line, though all iterations are done; put the file back, or raise iterations to go on without.")
 
 
 def finish(config: Config, workdir: Path) -> dict[str, float]:

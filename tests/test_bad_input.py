@@ -268,7 +268,7 @@ def record_run(tmp_path, metrics=""):
 
 def test_a_run_whose_problems_were_edited_meanwhile_is_refused(refuse, tmp_path):
     record_run(tmp_path, '{"update": 5}\n')
-    workdir.claim_problems(load([TINY]), tmp_path / "run", {"held_out": [Problem("1", "2 + 2?", "5", "test")]})
+    workdir.write_problems(tmp_path / "run", workdir.fingerprints({"held_out": [Problem("1", "2 + 2?", "5", "test")]}))
     message = refuse(TINY)
     assert "other held_out problems: they were 1 and are 12, or their texts have changed. Put them back" in message
 
@@ -276,10 +276,16 @@ def test_a_run_whose_problems_were_edited_meanwhile_is_refused(refuse, tmp_path)
 def test_the_problems_of_a_run_are_known_by_their_content(tmp_path):
     record_run(tmp_path, '{"update": 5}\n')
     problem, config, run = Problem("1", "2 + 2?", "5", "test"), load([TINY]), tmp_path / "run"
-    workdir.claim_problems(config, run, {"training": [problem]})
-    workdir.claim_problems(config, run, {"training": [problem], "aime24": [problem]})  # the same, and another set besides
-    with pytest.raises(ValueError, match="other training problems"):
-        workdir.claim_problems(config, run, {"training": [problem._replace(answer="4")]})
+
+    def claim(sets):
+        workdir.claim_problems(config, run, workdir.fingerprints(sets))
+        workdir.write_problems(run, workdir.fingerprints(sets))  # as of a run that goes on
+
+    claim({"training": [problem], "aime24": [problem]})
+    claim({"training": [problem]})  # the same, and one set less
+    for name in ("training", "aime24"):  # which is not forgotten
+        with pytest.raises(ValueError, match=f"other {name} problems"):
+            claim({"training": [problem]} | {name: [problem._replace(answer="4")]})
 
 
 def test_a_warm_start_on_problems_without_solutions_is_refused(refuse, tmp_path):

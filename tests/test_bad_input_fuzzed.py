@@ -37,7 +37,7 @@ from dgpo_jax.metrics import MetricsWriter, read_metrics
 from dgpo_jax.models import config_from_folder, load_parameters
 from dgpo_jax.recipe import resolve
 from dgpo_jax.types import Problem, TrainState
-from dgpo_jax.workdir import claim_problems, claim_workdir
+from dgpo_jax.workdir import claim_problems, claim_workdir, fingerprints, run_record, settle
 
 ROOT = Path(__file__).parent.parent
 TINY = f"--config={ROOT / 'tests/tiny_config.py'}"
@@ -592,7 +592,7 @@ def test_what_an_earlier_run_left_in_its_workdir(tmp_path):
     config, problems = resolve(load([TINY])), {"training": [Problem("1", "2 + 2?", "4", "test")]}
     good = tmp_path / "good"
     claim_workdir(config, good)
-    claim_problems(config, good, problems)
+    claim_problems(config, good, fingerprints(problems))
     with MetricsWriter(good, console=False) as writer:
         for iteration in (0, 1, 2):
             writer.write(iteration, {"reward/mean": 0.5 * iteration})
@@ -619,7 +619,8 @@ def test_what_an_earlier_run_left_in_its_workdir(tmp_path):
 def start_again(config, workdir, problems):
     """What `train` does with these files; the run goes on after iteration 1."""
     claim_workdir(config, workdir)
-    claim_problems(config, workdir, problems)
+    claim_problems(config, workdir, fingerprints(problems))
+    settle(config, workdir, run_record(config, problems))
     with MetricsWriter(workdir, resume_iteration=2, console=False) as writer:
         writer.write(2, {"reward/mean": 1.0})
     assert read_metrics(workdir / "metrics.jsonl")[-1]["iteration"] == 2

@@ -511,6 +511,7 @@ PROCESS = """
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", 2, number)
     logging.basicConfig(level=logging.WARNING)
+    from dgpo_jax import hosts
     from dgpo_jax.checkpoint import Checkpoints, meetings
     sharding = NamedSharding(Mesh(np.array(jax.devices()), ("fsdp",)), PartitionSpec("fsdp"))
     abstract = {"weights": jax.ShapeDtypeStruct((8000,), jnp.float32, sharding=sharding)}
@@ -593,7 +594,7 @@ PROCESS = """
             point_to(disk)
             finished = [path.parent.name for path in run.glob("checkpoints/*/manifest.json")]
             assert finished == ["iteration_000001"], finished
-        keys = meetings._service().key_value_dir_get(meetings.FAILED + "/")
+        keys = hosts.told(meetings.FAILED)
         assert len(keys) == 2, keys  # as many as processes, however many saves have failed
 
         checkpoints.save(9, state(9.0), {}, score=0.05)
@@ -682,7 +683,7 @@ def service(monkeypatch):
 def meetings_of(monkeypatch, process, save):
     """One process in one save: whose it is counts at the moment when it says that it failed."""
     monkeypatch.setattr(meetings, "_saves", iter([save]))
-    monkeypatch.setattr(meetings.jax, "process_index", lambda: process)
+    monkeypatch.setattr(meetings.hosts.jax, "process_index", lambda: process)
     found = Meetings()
     found.begin(f"iteration_00000{save}", 600)
     return found
@@ -736,7 +737,7 @@ def test_nobody_waits_twice_for_one_that_did_not_come_and_no_later_save_meets_un
 
 def test_a_version_of_jax_without_the_service_is_told_at_the_start(tmp_path, monkeypatch, service):
     monkeypatch.setattr(meetings.hosts, "coordination_client", lambda: None)
-    with pytest.raises(RuntimeError, match=r"several processes cannot save together; use JAX 0\.10\.2 to 0\.12"):
+    with pytest.raises(RuntimeError, match=r"several processes cannot agree on checkpoints and stops; use JAX 0\.10\.2 to 0\.12"):
         Checkpoints(tmp_path)
 
 

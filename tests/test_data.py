@@ -151,6 +151,14 @@ def test_a_fingerprint_changes_with_what_a_score_depends_on_and_with_nothing_els
     assert fingerprint([problem]) == "59bc6b72f3d8fbb6663640d8fe39d998e02d4d3f7068721ea94f1c5dc1983420"
 
 
+def test_where_solutions_are_learned_from_they_are_in_the_fingerprint_too():
+    problem = Problem("1", "2 + 2?", "4", "s", solution="2 + 2 = 4")
+    ours = fingerprint([problem], solutions=True)
+    assert fingerprint([problem._replace(source="t")], solutions=True) == ours
+    for change in ({"solution": "4"}, {"answer": "x"}):
+        assert fingerprint([problem._replace(**change)], solutions=True) != ours
+
+
 def test_json_lines_are_read_with_defaults_for_what_is_optional(tmp_path):
     path = write_lines(tmp_path / "set.jsonl", TOM, {"question": "x", **TOM, "id": "b", "source": "s", "solution": "w"})
     assert load_problems(str(path)) == [

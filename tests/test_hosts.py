@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,12 +17,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import jaxlib
 import numpy as np
 import pytest
 from jax._src import distributed
 
-from dgpo_jax import hosts, train
-from dgpo_jax.config import HostsConfig, load, to_json
+from dgpo_jax import hosts, session, train
+from dgpo_jax.config import Config, HostsConfig, NoOptions, load, to_json
 from dgpo_jax.launch import free_port
 from dgpo_jax.processes import STOPPED_EARLY
 from dgpo_jax.recipe import resolve
@@ -48,11 +50,14 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("hosts")
 
 
+# A third less to wait for the compiler. Newer ones end at a flag they do not know.
+QUICK = ["--xla_cpu_use_fusion_emitters=false"] if jaxlib.version.__version_info__ < (0, 11) else []
+
+
 def environment(devices, **more):
     """Of processes with so many fake devices; tests/conftest.py says where they keep what they compile."""
     flags = (
-        f"--xla_force_host_platform_device_count={devices}",
-        "--xla_cpu_use_fusion_emitters=false",  # a quarter less to wait for the compiler
+        f"--xla_force_host_platform_device_count={devices}", *QUICK,
         "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600", "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
     )  # fmt: skip
     return os.environ | {"XLA_FLAGS": " ".join(flags), "PYTHONPATH": str(ROOT)} | more
@@ -133,11 +138,17 @@ def assert_alike(ours, theirs, without=()):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    """Workdirs of runs by two processes: 'even', data 4, to the end; 'uneven'."""
-    arguments = ["tests.tiny_hosts", f"--workdir={folder}/even", MANY, "/", f"--workdir={folder}/uneven", *UNEVEN]
-    process = launched(folder, "two", 2, arguments)
-    assert process.ends() == 0, process.said()
+    """Workdirs of runs by two processes: 'even', data 4, to the end; 'uneven'. Then process 1 has a fault."""
+    arguments = ["tests.tiny_hosts", f"--workdir={folder}/even", MANY, "/", f"--workdir={folder}/uneven", *UNEVEN, "/", "fault"]
+    process = launched(folder, "two", 2, arguments, ["--restarts=1"])
+    assert process.ends() == 1, process.said()
     return folder
+
+
+def test_a_fault_of_one_process_ends_all_with_its_traceback_and_nothing_is_started_again(two):
+    said = (two / "two.log").read_text()  # and its exit code was 1, not that of the abort after JAX's farewell
+    assert "[1] process 1 of 2 on " in said and "[1] KeyError: 'a key that is not there'" in said
+    assert said.count("Traceback") == 1 and "starting all again" not in said and "process 1 (pid" in said
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +185,7 @@ def test_one_process_goes_on_where_two_stopped(one):
 
 def test_process_0_alone_writes_files_and_talks(two):
     assert len(list((two / "even/tensorboard").glob("events*"))) == 1
-    said = (two / "two.log").read_text()
+    said = (two / "two.log").read_text().partition("[1] process 1 of 2")[0]  # up to its fault
     assert said.count("first prompt, answer") == 2  # two runs
     others = " ".join(line.removeprefix("[1]") for line in said.splitlines() if line.startswith("[1]"))
     assert not GLOO.sub("", others).strip(), others
@@ -191,10 +202,28 @@ def test_four_processes_train_as_one_does(folder):
     assert "8 x cpu (data 1, fsdp 4, context 1, tensor 2), of 4 processes" in process.said()
 
 
+def stopped_at(question, folder, arguments):
+    """Without time to finish anything. Returns what was said and what is recorded."""
+    process = launched(folder, question[0], 2, ["tests.tiny_hosts", "stop-at", *question, "/", *arguments, "--config.grace-seconds=0"])
+    assert process.ends() == STOPPED_EARLY, process.said()
+    return process.said(), recorded(folder / "chain")
+
+
+def stopped_amid_updates(folder, arguments):
+    said, metrics = stopped_at(("update", "6"), folder, arguments)  # 3 microbatches, scored and then learned from
+    assert "after iteration 1 of 10 and 1 of 2 updates of the next;" in said and len(metrics) == 2
+
+
+def stopped_in_a_rollout(folder, arguments):
+    said, metrics = stopped_at(("chunk", "1"), folder, arguments)
+    assert "after iteration 2 of 10;" in said and len(metrics) == 3  # the evaluation after it is done
+    assert not (folder / "chain/rollouts/iteration_000003.jsonl").exists()
+
+
 def one_is_signalled(folder, arguments):
     """Not the first, and no other."""
-    first, second = processes = without_launcher(folder, "signalled", 2, arguments)
-    wait_for(lambda: (folder / "chain/rollouts/iteration_000002.jsonl").exists(), lambda: first.said() + second.said())
+    first, second = processes = without_launcher(folder, "signalled", 2, ["dgpo_jax.train", TINY, *arguments])
+    wait_for(lambda: (folder / "chain/rollouts/iteration_000004.jsonl").exists(), lambda: first.said() + second.said())
     second.process.terminate()
     codes = [running.ends() for running in processes]
     assert codes == [STOPPED_EARLY, STOPPED_EARLY], first.said() + second.said()
@@ -203,8 +232,8 @@ def one_is_signalled(folder, arguments):
 
 def one_is_lost(folder, arguments):
     """As when its machine hangs, its connections open, until somebody restarts it: frozen, then killed. Nobody ends the other one."""
-    first, second = without_launcher(folder, "lost", 2, [*arguments, "--config.guard.silence-minutes=0.05"])
-    wait_for(lambda: (folder / "chain/rollouts/iteration_000006.jsonl").exists(), lambda: first.said() + second.said())
+    first, second = without_launcher(folder, "lost", 2, ["dgpo_jax.train", TINY, *arguments, "--config.guard.silence-minutes=0.05"])
+    wait_for(lambda: (folder / "chain/rollouts/iteration_000007.jsonl").exists(), lambda: first.said() + second.said())
     os.kill(second.pid, signal.SIGSTOP)
     began, before = time.monotonic(), len(first.said())
     try:
@@ -220,12 +249,12 @@ def one_is_lost(folder, arguments):
     assert code == -signal.SIGABRT, said  # which nobody takes for bad input
 
 
-def test_after_a_signal_to_one_process_and_a_kill_of_it_the_run_ends_as_if_nothing_had_happened(two):
-    arguments = ["dgpo_jax.train", TINY, f"--workdir={two}/chain", MANY]
-    for trouble in (one_is_signalled, one_is_lost):
+def test_after_stops_anywhere_a_signal_to_one_process_and_a_kill_of_it_the_run_ends_as_if_nothing_had_happened(two):
+    arguments = [f"--workdir={two}/chain", MANY]
+    for trouble in (stopped_amid_updates, stopped_in_a_rollout, one_is_signalled, one_is_lost):
         trouble(two, arguments)
         assert len(recorded(two / "chain")) < 11, f"{trouble.__name__} came too late"
-    last = launched(two, "last", 2, arguments)
+    last = launched(two, "last", 2, ["dgpo_jax.train", TINY, *arguments])
     assert last.ends() == 0, last.said()
     assert recorded(two / "chain") == recorded(two / "even")  # to the bit
     assert texts(two / "chain") == texts(two / "even")
@@ -250,10 +279,22 @@ def test_bad_input_ends_all_processes_with_one_message(settings, error, folder):
     assert "Traceback" not in said and "starting all again" not in said and "detected fatal errors" not in said
 
 
-def test_a_bad_command_line_is_refused_once(folder):
-    process = launched(folder, "typo", 2, ["dgpo_jax.train", TINY, "--config.sead=1"])
+@pytest.mark.parametrize("machine", [[], ["--machines=2", "--machine=1", "--coordinator=127.0.0.1:1"]])
+def test_a_bad_command_line_is_refused_once_on_each_machine(machine, folder):
+    process = launched(folder, "typo", 2, ["dgpo_jax.train", TINY, "--config.sead=1"], machine)
     assert process.ends() == 2
     assert process.said().count("Perhaps you meant") == 1, process.said()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "[::1]"])
+def test_a_coordinator_is_found_by_an_address_of_either_kind(address):
+    family = socket.AF_INET6 if "[" in address else socket.AF_INET
+    try:
+        listener = socket.create_server((address.strip("[]"), 0), family=family)
+    except OSError:
+        pytest.skip(f"this machine has no {address}")
+    with listener:
+        hosts.find_coordinator(f"{address}:{listener.getsockname()[1]}", 0.0)
 
 
 @pytest.mark.parametrize(
@@ -293,6 +334,23 @@ def test_a_process_whose_coordinator_nobody_is_says_so(address, error, monkeypat
 def test_the_loss_of_another_process_is_told_from_errors_that_stay(error, processes, lost, monkeypatch):
     monkeypatch.setattr(hosts, "count", lambda: processes)
     assert hosts.lost_a_process(error) is lost
+
+
+@pytest.mark.parametrize("error, wanted", [(KeyError("a fault"), ""), (ValueError("bad input"), "1")])
+def test_whoever_of_several_processes_shows_a_traceback_leaves_without_jaxs_farewell(error, wanted, monkeypatch, capfd):
+    def story(config, workdir):
+        monkeypatch.setattr(hosts, "count", lambda: 2)
+        raise error
+
+    monkeypatch.setattr(session, "parse_command", lambda *_, **__: (Config(), "workdir", NoOptions()))
+    for setting_of_the_whole_process in ("set_flags", "use_compilation_cache"):
+        monkeypatch.setattr(session, setting_of_the_whole_process, lambda **_: None)
+    monkeypatch.setattr(hosts.os, "_exit", lambda code: sys.exit(f"left with {code}"))
+    monkeypatch.setattr(hosts, "FAREWELL_S", 0.0)
+    monkeypatch.setenv("DGPO_JAX_TRACEBACK", wanted)
+    with pytest.raises(SystemExit, match="left with 1"):
+        session.run_command("program", "", story)
+    assert f"{type(error).__name__}: {error}" in capfd.readouterr().err
 
 
 def test_where_jax_has_moved_its_messages_each_process_tells_of_its_error(monkeypatch):

@@ -43,9 +43,13 @@ if what in ("killed", "once"):
     os.kill(os.getpid(), signal.SIGKILL)
 if what.startswith("exit"):
     sys.exit(int(what.split()[1]))
-while what == "follow":  # ends with an error of its own once process 1 is gone, as collectives do
+while what.startswith("follow"):  # ends because of process 1, gone or hung, as collectives do
     time.sleep(0.01)
-    if (folder / "1.begin").exists() and "Z" in Path(f"/proc/{(folder / '1.begin').read_text()}/stat").read_text():
+    if (folder / "1.begin").exists() and set("ZT") & set(Path(f"/proc/{(folder / '1.begin').read_text()}/stat").read_text().split()):
+        os.kill(os.getpid(), signal.SIGABRT) if what == "follow by abort" else sys.exit(1)
+while what == "leave on request":
+    time.sleep(0.01)
+    if (folder / "request").exists():
         sys.exit(1)
 if what == "last words":
     os.write(1, b"x" * 60000 + b"\\nno newline")
@@ -135,6 +139,27 @@ def test_the_killed_one_is_named_although_another_ended_because_of_it_before_any
     assert code == 128 + signal.SIGKILL and f"process 1 (pid {second})" in errors and "process 0" not in errors
 
 
+def test_of_a_hung_process_and_those_that_jax_aborted_for_it_the_hung_one_is_named(folder):
+    process = start(folder, "--processes=3", "--", "0=follow by abort", "2=follow by abort")
+    hung = pids(folder, 3)[1]
+    os.kill(hung, signal.SIGSTOP)
+    code, _, errors = finish(process)
+    assert code == 128 + signal.SIGABRT and not alive(hung)
+    assert errors.count("killed by SIGABRT, as JAX does to those that lost another one") == 1
+    assert errors.endswith(f" above): process 1 (pid {hung})\n") and "likely what was lost" in errors
+
+
+def test_a_process_that_left_with_an_error_is_named_although_jax_aborted_another_because_of_it(folder):
+    process = start(folder, "--processes=2", "--restarts=1", "--", "0=follow by abort", "1=leave on request")
+    first, second = pids(folder, 2)
+    os.kill(process.pid, signal.SIGSTOP)  # it does not look
+    (folder / "request").touch()
+    wait_for(lambda: not alive(first) and not alive(second))
+    os.kill(process.pid, signal.SIGCONT)
+    code, _, errors = finish(process)
+    assert code == 1 and f"process 1 (pid {second})" in errors and "process 0" not in errors and "starting all again" not in errors
+
+
 @pytest.mark.parametrize(
     "does, code, starts",
     [
@@ -151,6 +176,12 @@ def test_what_may_go_better_the_next_time_is_started_again(does, code, starts, f
     assert result[0] == code
     assert (folder / "starts").read_text().split() == ["0"] * starts
     assert result[2].count("starting all again") == starts - 1
+
+
+@pytest.mark.parametrize("first, second", [(75, 76), (76, 75)])
+def test_a_stop_that_the_watchdog_of_one_process_asked_for_is_started_again_whoever_ends_first(first, second, folder):
+    code, _, errors = finish(start(folder, "--processes=2", "--restarts=1", "--", f"0=exit {first}", f"1=exit {second}"))
+    assert code == 76 and errors.count("starting all again") == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -205,6 +236,9 @@ def test_nothing_is_left_of_a_launcher_that_was_killed(folder):
         (["--machines=2"], "give HOST:PORT of machine 0"),
         (["--processes=2", "--gpus=3"], "cannot share them evenly"),
         (["--gpus=2"], "CUDA_VISIBLE_DEVICES=0 has 1"),
+        (["--gpus=-2"], "--gpus=-2"),
+        (["--restarts=-1"], "--restarts=-1"),
+        (["--grace-seconds=nan"], "--grace-seconds=nan"),
         (["--proceses=2"], "--processes"),  # what was meant
         (["--processes=two"], "two"),
     ],

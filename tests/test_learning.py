@@ -395,12 +395,21 @@ def test_waiting_groups_are_scored_once_and_only_where_something_is_learned(part
     np.testing.assert_array_equal(untouched.old_logprobs, experience.rollout.logprobs)
 
 
-def test_weights_that_give_no_number_are_not_taken_for_responses_yet_to_be_scored(parts, programs_of, fresh, experience):
+def test_a_waiting_group_whose_score_is_no_number_makes_the_update_that_meets_it_a_skipped_one(parts, programs_of, fresh, experience):
+    config, programs = config_for(), programs_of("dgpo")
     broken = jax.tree.map(lambda leaf: leaf * np.float32(np.nan), fresh().params)
-    with pytest.raises(ValueError, match=r"2 of 2 responses .* not finite.* older checkpoint .* lower optimizer\.learning_rate"):
-        score_responses(config_for(), parts, programs_of("dgpo"), broken, experience, [0, 3])
-    with pytest.raises(ValueError, match="not finite"):
-        score_waiting(config_for(), parts, programs_of("dgpo"), broken, experience)
+    waiting = score_waiting(config, parts, programs, broken, experience)
+    learned = np.repeat([True, False, False, True], 2)[:, None] & experience.rollout.response_mask
+    np.testing.assert_array_equal(np.isneginf(waiting.old_logprobs), learned)  # and NaN elsewhere: not scored
+    again, calls = counting_scores(programs)
+    assert score_waiting(config, parts, again, fresh().params, waiting) is waiting and not calls
+    # The weights that meet it are sound again: only what it carries tells.
+    reports = []
+    state, metrics = learn(config, parts, programs, fresh(), waiting, ADVANTAGES, ITERATION, report=reports.extend)
+    skipped = sum(bool({0, 3} & set(groups)) for groups in groups_of_updates(config))
+    assert metrics["optim/skipped"] == skipped > 0 and int(state.update) == 2 - skipped
+    assert {tuple(line["given_not_finite"]) for line in reports if line["tokens_not_finite"]} == {("old_logprobs",)}
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(to_host(state.params)))
 
 
 def test_with_the_samplers_logprobs_the_first_ratio_shows_that_they_are_not_the_trainers(parts, programs_of, fresh, experience):
@@ -530,5 +539,8 @@ def test_a_run_stops_when_too_many_updates_in_a_row_were_skipped(tmp_path):
     most = config.optimizer.max_skipped
     run = SimpleNamespace(config=config, workdir=tmp_path)
     train.check_skipped(run, most - 1)
-    with pytest.raises(ValueError, match=rf"{most} updates in a row .* not finite.* lower optimizer.learning_rate"):
+    with pytest.raises(ValueError, match=rf"{most} updates in a row .* not finite.* Lower optimizer.learning_rate"):
+        train.check_skipped(run, most)
+    (tmp_path / "nonfinite").mkdir()
+    with pytest.raises(ValueError, match=rf"Look at {tmp_path}/nonfinite, or lower"):
         train.check_skipped(run, most)

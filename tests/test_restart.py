@@ -1,5 +1,6 @@
 """What a checkpoint keeps of a run between two iterations, and between two updates of one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,7 +11,9 @@ from tiny_config import get_config
 from dgpo_jax import build
 from dgpo_jax.checkpoint import Checkpoints, peek
 from dgpo_jax.collecting import Backlog, Collected, nothing_drawn
-from dgpo_jax.restart import Progress, at_the_start, is_complete, restore, save
+from dgpo_jax.config import fixed_settings
+from dgpo_jax.restart import Progress, at_the_start, is_complete, restore, save, usable
+from dgpo_jax.rl.experience import group_count
 from dgpo_jax.rl.update import StepFigures, Totals
 from dgpo_jax.sharding import make_mesh, to_host
 from dgpo_jax.types import Experience, Prompts, Rollout
@@ -93,6 +96,40 @@ def test_an_iteration_saved_amid_its_updates_comes_back(waits, updates, parts, t
         np.testing.assert_array_equal(one, other)
         assert one.dtype == other.dtype  # sums over updates are taken in it
     assert sorted(path.name for path in tmp_path.iterdir()) == ["iteration_000004", "iteration_000005"]
+
+
+@pytest.mark.parametrize(
+    "change, kept",
+    [
+        ({}, True),
+        ({"temperature": 0.5}, True),
+        ({"group_size": 8}, False),
+        ({"max_response": 40}, False),
+        ({"max_prompt": 80}, False),
+        ({"prompts": 2}, False),  # they are a whole iteration's: nothing would be drawn
+        ({"prompts": 1, "staleness": 2}, True),
+    ],
+)
+def test_groups_that_waited_are_left_out_where_their_sizes_no_longer_fit(change, kept, capsys):
+    settings = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, **change), update=dataclasses.replace(CONFIG.update, updates=1))
+    waiting = usable(settings, two_groups())
+    assert group_count(waiting) == (2 if kept else 0)
+    assert ("2 groups that waited were sampled for other sizes" in capsys.readouterr().out) is not kept
+    assert waiting.rollout.response.shape[1] == settings.rollout.max_response  # what is drawn can be joined to it
+
+
+def test_updates_that_began_with_other_settings_do_not_go_on_even_if_the_change_is_accepted(parts, tmp_path):
+    collected = Collected(two_groups(), {}, [])
+    progress = Progress(4, build.build_state(CONFIG, parts), 0, nothing_drawn(CONFIG), collected=collected)
+    changed = dataclasses.replace(
+        CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, learning_rate=0.5), checkpoint=dataclasses.replace(CONFIG.checkpoint, accept_changes="all")
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, progress, {"settings": fixed_settings(CONFIG)})
+        checkpoints.wait()
+        with pytest.raises(ValueError, match=r"amid the updates of iteration 5, .* \(optimizer\.learning_rate\); finish it with those and --config\.iterations=5"):
+            restore(changed, parts, checkpoints)
+        assert restore(CONFIG, parts, checkpoints).collected is not None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 from same_runs import differences, differing_lines, recorded, saved_places
 
-from dgpo_jax import build, train
+from dgpo_jax import build, sft, supervised, train
 from dgpo_jax.checkpoint import peek
 from dgpo_jax.config import load
 from dgpo_jax.metrics import read_metrics
@@ -103,19 +103,19 @@ class StoppingAt(Stopping):
         if self.visits == self.visit and not self.reason:
             self.request(f"the test, {place}")
 
-    def boundary(self, whole=True):
+    def boundary(self, *given, **named):
         self.iteration, self.learning = self.iteration + 1, False
         self.come_to("boundary")
-        super().boundary(whole)
+        super().boundary(*given, **named)
 
     def chunk(self):
         self.come_to("evaluation" if self.learning or not self.iteration else "rollout")
         super().chunk()
 
-    def update(self):
+    def update(self, *given, **named):
         self.learning = True
         self.come_to("update")
-        super().update()
+        super().update(*given, **named)
 
 
 @pytest.fixture
@@ -170,16 +170,17 @@ def test_a_run_stopped_in_a_rollout_and_amid_updates_ends_as_if_it_had_not_been(
     whole, config = whole_run_of(mode)
     workdir = tmp_path / "run" if mode == COLD else begun(tmp_path / "run")
     microbatches = [line.get("update/microbatches") for line in read_metrics(whole / "metrics.jsonl")]
-    stopped_at(config, workdir, "update")
+    stopped_at(config, workdir, "update")  # before the first microbatch is scored
     assert where(workdir) == "after iteration 0 and 0 updates"
     responses = workdir / "rollouts/iteration_000001.jsonl"
     sampled = responses.stat().st_mtime_ns
-    stopped_at(config, workdir, "update", visit=microbatches[1])  # of the second update; a gradient begun is dropped
+    # Each is scored, or at least sent, and then learned from; the last one is of the second update, whose gradient is dropped.
+    stopped_at(config, workdir, "update", visit=2 * microbatches[1])
     assert where(workdir) == "after iteration 0 and 1 updates"
     stopped_at(config, workdir, "rollout", iteration=2)
     assert where(workdir) == "after iteration 1"  # what was under way is dropped, what was done is saved
     assert responses.stat().st_mtime_ns == sampled  # once
-    stopped_at(config, workdir, "update", iteration=3, visit=microbatches[4])
+    stopped_at(config, workdir, "update", iteration=3, visit=2 * microbatches[4])
     assert where(workdir) == "after iteration 3 and 1 updates"  # of the last one, which is not done by that
     train.train(config, workdir)
     assert_same_end(workdir, whole, config)
@@ -316,6 +317,101 @@ def test_edited_problems_are_refused_and_accepted_on_purpose(is_accepted, tmp_pa
     assert is_accepted(replace(config, checkpoint=replace(config.checkpoint, accept_changes="problems")), workdir)
 
 
+@pytest.fixture
+def amid_the_warm_start(stopped_at, tmp_path):
+    """A run stopped after 3 of the 6 updates of its warm start, its config, and the function that writes other solutions for it."""
+
+    def write(solution):
+        lines = [{"id": str(number), "problem": f"anna has {number} coins . how many ?", "answer": str(number)} for number in range(5)]
+        path.write_text("".join(json.dumps(line | {"solution": solution.format(line["answer"])}) + "\n" for line in lines))
+
+    path, workdir = tmp_path / "solved.jsonl", tmp_path / "run"
+    write("{}")
+    settings = [f"--config.sft.data={path}", "--config.sft.updates=6", "--config.sft.log-every=2", "--config.sft.examples=2", "--config.iterations=0"]
+    config = load([TINY, *SMALL, *settings])
+    stopped_at(config, workdir, "update", iteration=0, visit=4)
+    assert peek(workdir / "sft/checkpoints")[0] == 3
+    return workdir, config, write
+
+
+def accepting(config, names):
+    """The config with checkpoint.accept_changes."""
+    return replace(config, checkpoint=replace(config.checkpoint, accept_changes=names))
+
+
+def test_solutions_edited_amid_the_warm_start_are_refused_and_accepted_on_purpose(amid_the_warm_start, is_accepted):
+    workdir, config, write = amid_the_warm_start
+    write("so it is {}")
+    before = contents(workdir)
+    for command in (train.train, sft.sft):
+        with pytest.raises(ValueError, match="other sft problems: they were 5 and are 5, or their texts have changed"):
+            command(config, workdir)
+    assert contents(workdir) == before
+    assert is_accepted(accepting(config, "problems"), workdir)
+    write("{}")
+    assert is_accepted(config, workdir)  # put back
+
+
+def test_a_checkpoint_of_the_warm_start_knows_its_run_even_if_config_json_does_not(amid_the_warm_start, is_accepted):
+    workdir, config, write = amid_the_warm_start
+    (workdir / "config.json").unlink()
+    (workdir / "problems.json").unlink()
+    for command in (train.train, sft.sft):
+        with pytest.raises(ValueError, match=r"run/sft holds a run with other settings: sft\.learning_rate was 0\.01 and is 0\.1"):
+            command(replace(config, sft=replace(config.sft, learning_rate=0.1)), workdir)
+    assert is_accepted(config, workdir)
+    write("so it is {}")
+    for command in (train.train, sft.sft):
+        with pytest.raises(ValueError, match=r"run/sft holds a run with other sft problems"):
+            command(config, workdir)
+
+
+def test_a_change_accepted_amid_the_warm_start_is_one_of_the_run_once_it_goes_on_and_not_before(amid_the_warm_start, stopped_at, is_accepted, monkeypatch):
+    workdir, config, _ = amid_the_warm_start
+    changed, before = replace(config, sft=replace(config.sft, learning_rate=0.1)), contents(workdir)
+
+    def fail(*_):
+        raise ValueError("no weights")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(supervised, "find_start", fail)
+        for command in (train.train, sft.sft):
+            with pytest.raises(ValueError, match="no weights"):
+                command(accepting(changed, "sft"), workdir)
+    assert contents(workdir) == before
+    assert is_accepted(config, workdir)
+    stopped_at(accepting(changed, "sft"), workdir, "update", iteration=0, visit=2)
+    assert is_accepted(changed, workdir)
+    with pytest.raises(ValueError, match=r"sft\.learning_rate was 0\.1 and is 0\.01"):
+        train.train(config, workdir)
+
+
+def test_a_change_accepted_by_a_start_that_then_fails_is_none_of_the_run(copied, is_accepted, monkeypatch):
+    workdir, config = copied
+    changed = accepting(replace(config, optimizer=replace(config.optimizer, learning_rate=5e-4)), "optimizer.learning_rate")
+
+    def fail(*_):
+        raise ValueError("no reference")
+
+    before = contents(workdir)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "compile_all", lambda *_: 0.0)
+        patch.setattr(train, "find_reference", fail)  # the last thing that can fail, after the checkpoint was read
+        with pytest.raises(ValueError, match="no reference"):
+            train.train(changed, workdir)
+    assert contents(workdir) == before
+    assert is_accepted(config, workdir)
+
+
+def test_a_finished_run_without_its_metrics_says_so_and_goes_on_if_there_is_more_to_do(copied):
+    workdir, config = copied
+    (workdir / "metrics.jsonl").unlink()
+    for _ in range(2):  # the first time leaves no empty file that would pass for it
+        with pytest.raises(ValueError, match=r"metrics\.jsonl has no line, though all iterations are done; put the file back, or raise iterations"):
+            train.train(replace(config, iterations=4), workdir)
+    assert train.train(config, workdir)["iteration"] == 5
+
+
 def test_a_difference_between_two_runs_is_found_wherever_it_is(whole_run_of, tmp_path):
     whole, config = whole_run_of(PLAIN)
 
@@ -341,3 +437,22 @@ def test_a_difference_between_two_runs_is_found_wherever_it_is(whole_run_of, tmp
     assert "checkpoints: " in damaged(lambda workdir: shutil.rmtree(workdir / "checkpoints/iteration_000002"))
     assert "last checkpoint: " in damaged(lambda workdir: shutil.rmtree(workdir / "checkpoints/iteration_000004")).replace("checkpoints: ", "last checkpoint: ")
     assert list(differing_lines("x", [{"a": 1}], [{"a": 1, "b": 0}])) == ["x, line 1: b is None instead of 0"]
+
+
+def test_a_run_whose_last_updates_are_all_skipped_ends_with_an_error_and_not_as_finished(begun, tmp_path, monkeypatch):
+    settings = ["--config.optimizer.max-skipped=4", "--config.checkpoint.keep=1", "--config.checkpoint.keep-best=0", "--config.checkpoint.every=1"]
+    config, workdir = load([TINY, *SMALL, *settings]), begun(tmp_path / "run")
+    compute, seen = train.compute_advantages, []
+
+    def broken_from_the_third_on(*given):
+        seen.append(None)
+        return compute(*given) * (np.nan if len(seen) > 2 else 1)
+
+    monkeypatch.setattr(train, "compute_advantages", broken_from_the_third_on)
+    for start in ("first", "again"):
+        seen[:] = [None] * 2 if start == "again" else []
+        with pytest.raises(ValueError, match=r"4 updates in a row .* the newest checkpoint is from before them\. Look at .*nonfinite"):
+            train.train(config, workdir)
+        assert where(workdir) == "after iteration 2"
+    monkeypatch.undo()
+    assert train.train(config, workdir)["iteration"] == 4  # in another way, here by itself, it goes on

@@ -1,4 +1,4 @@
-"""What the warm start learns from."""
+"""What the warm start learns from, and what becomes of updates that are skipped."""
 
 import functools
 import json
@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 from tiny_config import get_config
 
-from dgpo_jax import build
+from dgpo_jax import build, supervised
 from dgpo_jax.build import build_parts, build_state
 from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.collecting import nothing_drawn
+from dgpo_jax.metrics import read_metrics
 from dgpo_jax.restart import restore
-from dgpo_jax.rl.update import Programs
+from dgpo_jax.rl.update import Programs, StepFigures, Totals
 from dgpo_jax.sft import sft
 from dgpo_jax.sharding import make_mesh, to_host
-from dgpo_jax.supervised import solved_problems, supervised_update
+from dgpo_jax.stopping import Stop, Stopping
+from dgpo_jax.supervised import Skipped, solved_problems, supervised_update, warm_start
 
 
 @pytest.mark.parametrize("sft_data", [False, True])  # True: named in sft.data; False: left to data.train
@@ -74,3 +76,92 @@ def test_alone_it_leaves_what_train_goes_on_from(tmp_path, monkeypatch):
     state, before = to_host(start.state), to_host(build_state(config, parts))
     np.testing.assert_equal(state._replace(params=None), before._replace(params=None))
     assert any((new != old).any() for new, old in zip(*map(jax.tree.leaves, (state.params, before.params)), strict=True))
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ([0, 0, 0], (0, 0, 0)),
+    ([1, 0, 1, 1], (3, 2, 2)),
+    ([1, 1, 1, 0], (3, 0, 3)),
+])
+def test_skipped_updates_are_counted_in_all_and_in_a_row(flags, expected):
+    assert Skipped().after(flags) == expected
+    assert Skipped().after(flags[:2]).after(flags[2:]) == expected  # in parts as at once
+    assert Skipped().after(flags).after_line() == (0, expected[1], 0)  # what goes on across a line is one row
+
+
+class StoppingAfter(Stopping):
+    """Stops after the update `after`, once; counts by what `pretended` says."""
+
+    def __init__(self, done, after):
+        super().__init__()
+        self.done, self.after = done, after
+
+    def update(self, limited=False):
+        assert limited  # stop_after_minutes counts in the warm start too
+        if self.done and self.done[-1] == self.after:
+            self.reason = "the test"
+            raise Stop
+
+
+@pytest.fixture
+def pretended(monkeypatch, tmp_path):
+    """The function (updates to skip, settings, stops=()) -> (lines, how it ended): a warm start of 30 updates that compute nothing.
+
+    `stops` are updates after which it is stopped and started again; how it ended is "" or an error.
+    """
+    monkeypatch.setattr(build, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+    config = get_config()
+    parts, done = build_parts(config), []
+
+    def pretend(skipped, log_every, max_skipped, stops=()):
+        def update(config, parts, programs, stream, state, number):
+            done.append(number + 1)
+            totals = Totals({"loss": 1.0, "entropy": 1.0, "tokens": 2.0}, {})
+            figures = StepFigures(*[np.float32(0)] * len(StepFigures._fields))._replace(skipped=np.float32(number + 1 in skipped))
+            return state, (totals, figures, 0.1)
+
+        monkeypatch.setattr(supervised, "supervised_update", update)
+        workdir = tmp_path / f"run {len(list(tmp_path.iterdir()))}"
+        ours = replace(
+            config, sft=replace(config.sft, updates=30, log_every=log_every, checkpoint_every=16),
+            optimizer=replace(config.optimizer, max_skipped=max_skipped),
+        )  # fmt: skip
+        record, ended = {"problems": {}}, ""
+        for after in (*stops, None):
+            done.clear()
+            try:
+                warm_start(ours, parts, workdir, StoppingAfter(done, after), parts.stream, record)
+                assert after is None
+            except Stop:
+                assert after is not None
+            except ValueError as error:
+                ended = str(error)
+                break
+        lines = [(row["update"], row["optim/skipped"]) for row in read_metrics(workdir / "sft/metrics.jsonl")]
+        return lines, ended.replace(str(workdir), "")
+
+    return pretend
+
+
+@pytest.mark.parametrize("skipped, log_every, max_skipped, lines, dies", [
+    ({5, 12, 20}, 10, 3, [(10, 1), (20, 2), (30, 0)], False),  # each is in the line of its own updates
+    ({20}, 1, 2, [(number, int(number == 20)) for number in range(1, 31)], False),  # one alone is no row
+    ({9, 10, 11}, 10, 3, [(10, 2), (20, 1)], True),  # a row across a line
+    ({12, 13, 14}, 10, 3, [(10, 0), (20, 3)], True),  # one that has ended before the line is written
+    ({12, 14, 16}, 10, 3, [(10, 0), (20, 3), (30, 0)], False),  # as many, but not in a row
+    ({29, 30}, 10, 3, [(10, 0), (20, 0), (30, 2)], False),  # at the very end, and few
+])
+def test_skipped_updates_are_counted_alike_wherever_the_warm_start_was_stopped(pretended, skipped, log_every, max_skipped, lines, dies):
+    undisturbed = pretended(skipped, log_every, max_skipped)
+    assert undisturbed[0] == lines
+    assert bool(undisturbed[1]) == dies
+    for stops in ([19], [4, 9, 11, 29], [10, 13, 16]):
+        if not dies or max(stops) < lines[-1][0]:
+            assert pretended(skipped, log_every, max_skipped, stops) == undisturbed, stops
+
+
+def test_a_warm_start_ends_when_too_many_updates_in_a_row_are_skipped_and_keeps_the_weights_from_before(pretended, tmp_path):
+    lines, error = pretended(range(15, 31), 10, 4)
+    assert lines == [(10, 0), (20, 6)]
+    assert "6 updates of the warm start in a row" in error and "optimizer.max_skipped is 4; lower sft.learning_rate" in error
+    assert not list(tmp_path.glob("run 0/sft/checkpoints/iteration_*"))  # not even the one due at update 16

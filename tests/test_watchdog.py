@@ -1,5 +1,6 @@
 """Silence is noticed, explained, and ended if so set."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -76,12 +77,62 @@ def test_a_second_silence_is_reported_again(tmp_path, capfd):
     assert capfd.readouterr().err.count("nothing has moved") == 2
 
 
-def test_the_run_is_asked_to_stop_and_told_why(tmp_path):
+def test_the_run_is_asked_to_stop_and_told_why(tmp_path, monkeypatch):
+    monkeypatch.setattr(activity, "silence", lambda: 0.3)  # else a pause of this test could reach 0.4, which would end pytest
     asked = []
     with Watchdog(0.2, tmp_path / "stacks", stop=asked.append):
         wait_for(lambda: asked)
-        activity.beat()
-    assert len(asked) == 1 and "nothing has moved" in asked[0]
+    assert asked == ["nothing has moved for 0 s"]
+
+
+def test_processes_with_the_same_pid_in_a_shared_folder_write_files_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 1)  # as in every pod
+    monkeypatch.setattr(time, "strftime", lambda _: "20261130-120000")  # as when all wait for one
+    for number in range(2):
+        Watchdog(1, tmp_path, who=f"process {number} of 2 on dgpo-{number}").report(60.0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "20261130-120000-process-0-of-2-on-dgpo-0-1.txt", "20261130-120000-process-1-of-2-on-dgpo-1-1.txt",
+    ]  # fmt: skip
+
+
+def test_what_a_gauge_shows_is_a_beat_when_it_changes(tmp_path, capfd):
+    shown = [0]
+    with Watchdog(0.4, tmp_path / "stacks"), activity.doing("writing a checkpoint", gauge=lambda: shown[0]):
+        for shown[0] in range(16):  # such as the bytes that a library writes
+            time.sleep(0.05)
+        assert "nothing" not in capfd.readouterr().err
+        wait_for(lambda: list(tmp_path.glob("stacks/*")))
+    assert "writing a checkpoint" in capfd.readouterr().err
+
+
+def test_the_traffic_of_this_process_counts_what_it_reads_and_writes(tmp_path):
+    path, before = tmp_path / "file", activity.traffic()
+    if before is None:
+        pytest.skip("only Linux tells")
+    path.write_bytes(bytes(3 << 20))
+    assert 3 <= activity.traffic() - before <= 4
+    path.read_bytes()
+    assert 6 <= activity.traffic() - before <= 7
+
+
+def test_who_waits_for_another_process_is_silent_only_when_that_one_is(tmp_path, capfd):
+    board, moving = {}, threading.Event()
+    moving.set()
+
+    def exchange(text):
+        board[0] = text
+        if moving.is_set():
+            board[2] = f"{int(board.get(2, '0').split()[0]) + 1} iteration 3, rollout"
+        return {1: "5 iteration 3, waiting for the other processes", 2: board[2]}
+
+    with Watchdog(0.5, tmp_path / "stacks", who="process 0 of 3 on host", exchange=exchange), activity.doing("iteration 3, waiting"):
+        time.sleep(1.5)
+        assert "nothing" not in capfd.readouterr().err
+        moving.clear()
+        wait_for(lambda: list(tmp_path.glob("stacks/*")))
+    said = capfd.readouterr().err
+    assert "process 0 of 3 on host: iteration 3, waiting; the last of the others that moved is process 2: iteration 3, rollout;" in said
+    assert board[0].split(" ", 1)[1] == "iteration 3, waiting" and int(board[0].split()[0]) > 0
 
 
 def test_zero_seconds_watch_nothing(tmp_path):

@@ -6,8 +6,11 @@
 Smaller than tests/tiny_config.py: a process spends most of its life importing and compiling, and there are many of them.
 """
 
+import os
+import signal
 import sys
-import traceback
+import time
+from itertools import count
 
 from dgpo_jax.config import (
     CheckpointConfig,
@@ -51,24 +54,67 @@ def get_config() -> Config:
 
 
 def main(arguments: list[str]) -> None:
-    """Makes the runs, whose arguments a '/' divides, one after the other; the processes are joined once for all."""
-    from dgpo_jax import hosts
+    """Makes the runs, whose arguments a '/' divides, one after the other; the processes are joined once for all.
+
+    Two words are no runs: `fault` is what process 1 then has, while the others wait for it; after `stop-at update 6` the next run
+    is stopped there.
+    """
     from dgpo_jax.config import parse_command
-    from dgpo_jax.session import use_compilation_cache
+    from dgpo_jax.session import run_command
     from dgpo_jax.train import train
 
     runs = [[]]
     for argument in arguments:
         runs.append([]) if argument == "/" else runs[-1].append(argument)
-    parsed = [parse_command([f"--config={__file__}", *run], program="tiny_hosts", description="")[:2] for run in runs]
-    use_compilation_cache()
-    hosts.join(parsed[0][0].hosts)
-    try:
-        for config, workdir in parsed:
-            train(config, workdir)
-    except Exception:  # else this process waits at its end for the others, and they for it
-        traceback.print_exc()
-        hosts.leave(1)
+
+    def story(*_) -> None:
+        for run in runs:
+            if run == ["fault"]:
+                fault()
+            elif run[0] == "stop-at":
+                stop_at(*run[1:])
+            else:
+                train(*parse_command([f"--config={__file__}", *run], program="tiny_hosts", description="")[:2])
+
+    sys.argv[1:] = [f"--config={__file__}"]  # by whose settings the processes are joined
+    run_command("tests.tiny_hosts", "", story, several=True)
+
+
+def fault() -> None:
+    """A KeyError on process 1."""
+    from dgpo_jax import hosts
+
+    if not hosts.is_first():
+        raise KeyError("a key that is not there")
+    hosts.gather("the others")
+
+
+def stop_at(question: str, number: str) -> None:
+    """Has the next run be stopped at the so many-th question of this kind in its second iteration.
+
+    Process 0 signals itself there, and all wait until each has told JAX which question it asked last: they stop at the one behind.
+    """
+    from dgpo_jax import hosts
+    from dgpo_jax.stopping import Stopping
+
+    ask, boundary, iterations, asked = getattr(Stopping, question), Stopping.boundary, count(1), count(1)
+    iteration = 0
+
+    def begin(self, *arguments, **settings) -> None:
+        nonlocal iteration
+        iteration = next(iterations)
+        boundary(self, *arguments, **settings)
+
+    def signal_first(self, *arguments, **settings) -> None:
+        if iteration == 2 and next(asked) == int(number):
+            if hosts.is_first():
+                os.kill(os.getpid(), signal.SIGTERM)
+            while len(hosts.coordination_client().key_value_dir_get("PREEMPTION_CURRENT_COUNTER/")) < hosts.count():
+                time.sleep(0.05)
+        ask(self, *arguments, **settings)
+
+    Stopping.boundary = begin
+    setattr(Stopping, question, signal_first)
 
 
 if __name__ == "__main__":

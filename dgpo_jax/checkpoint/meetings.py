@@ -20,9 +20,7 @@ import itertools
 import logging
 import re
 import time
-from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 
 from dgpo_jax import activity, hosts
@@ -34,7 +32,7 @@ PATIENCE_S, SLOWEST_DISK = 600, 50_000_000  # at least; bytes per second, of all
 TOO_SLOW = "the disk hangs, or is slower than 50 MB/s"
 FAREWELL_S = 10.0  # at least so long one that failed waits for the others: those who wait count from moments later
 MEETINGS = ("waiting for all to write their parts", "waiting for process 0 to put it in place")
-FAILED = "dgpo_jax/checkpoint_failed"  # / process: `save why`, of the last that it failed in
+FAILED = "checkpoint_failed"  # topic of `hosts.tell`: `save why`, of the last save that a process failed in
 _ABSENT = re.compile(r"timed out task names:\s*([\d\s]*\d)")  # how JAX's service says which did not come
 _saves = itertools.count()  # the same on every process: all of them begin the same saves
 
@@ -52,12 +50,12 @@ class Meetings:
     """Where the processes are in the save under way.
 
     Raises:
-        RuntimeError: as of `_service`; said when the run starts, and not at its first checkpoint.
+        RuntimeError: as of `hosts.told`; now, when the run starts, and not at its first checkpoint.
     """
 
     def __init__(self):
         if hosts.count() > 1:
-            _service()
+            hosts.told(FAILED)
         self._save, self._name, self._seconds, self._deadline = 0, "", 0.0, 0.0
         self._met, self._missed, self._known = 0, False, False
 
@@ -95,7 +93,7 @@ class Meetings:
             return
         try:
             if not self._known:
-                _service().key_value_set(f"{FAILED}/{jax.process_index()}", f"{self._save} {why}", allow_overwrite=True)
+                hosts.tell(FAILED, f"{self._save} {why}")
             while self._met < len(MEETINGS) and not self._missed:
                 self._wait(max(self._deadline - time.monotonic(), FAREWELL_S))
         except (OSError, RuntimeError) as error:
@@ -105,7 +103,7 @@ class Meetings:
         """Which processes have said that they failed in this save, and why."""
         if hosts.count() == 1:
             return []
-        said = [(int(key.rpartition("/")[2]), *value.split(" ", 1)) for key, value in _service().key_value_dir_get(f"{FAILED}/")]
+        said = [(process, *text.split(" ", 1)) for process, text in hosts.told(FAILED).items()]
         return sorted((process, why) for process, save, why in said if int(save) == self._save)
 
     def _wait(self, seconds: float) -> None:
@@ -124,17 +122,3 @@ class Meetings:
             who = f"process {', '.join(absent[1].split())}" if absent else "another process"
             raise PartMissingError(f"{what}: {who} did not come in {self._seconds / 60:.0f} minutes; {TOO_SLOW}") from error
 
-
-def _service() -> Any:
-    """JAX's coordination service, at which the processes also meet.
-
-    Raises:
-        RuntimeError: this version of JAX keeps it elsewhere.
-    """
-    client = hosts.coordination_client()
-    if client is None:
-        raise RuntimeError(
-            f"JAX {jax.__version__} keeps its coordination service elsewhere, and without it several processes cannot save together;"
-            " use JAX 0.10.2 to 0.12."
-        )
-    return client

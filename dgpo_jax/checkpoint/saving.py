@@ -126,7 +126,7 @@ class Checkpoints:
         score = float(score) if score is not None and math.isfinite(score) else None
         described = {name: describe(array) for name, array in arrays.items()}
         details = json.dumps({"iteration": iteration, "score": score, "extra": extra, "arrays": described})
-        with activity.doing(f"beginning to write a checkpoint to {self.directory}"):
+        with activity.doing(f"beginning to write a checkpoint to {self.directory}", gauge=activity.traffic):
             entry = self._claim(iteration, details, host_arrays or {})
             checkpointer = None if entry is None else self._begin(entry, arrays)
         if checkpointer is None:
@@ -145,7 +145,7 @@ class Checkpoints:
             RuntimeError: `required`, and the last save came to nothing, on this process or on another one.
         """
         if self._thread is not None:
-            with activity.doing(f"writing a checkpoint to {self.directory}"):
+            with activity.doing(f"writing a checkpoint to {self.directory}", gauge=activity.traffic):
                 self._thread.join()
             self._thread, self._score_in_flight = None, None
         failures = hosts.gather(self.failure) if required else []

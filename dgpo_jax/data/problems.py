@@ -143,12 +143,17 @@ class JoinedProblems(LazyProblems):
         return self.parts[part][index - int(self.ends[part])]  # counted from the part's end
 
 
-def fingerprint(problems: Sequence[Problem]) -> str:
+def fingerprint(problems: Sequence[Problem], solutions: bool = False) -> str:
     """SHA-256, in hex, of what a score depends on: id, problem, answer, tests, checker and tolerance of every problem,
-    in order."""
+    in order.
+
+    Args:
+        solutions: whether the worked solutions count too, as where they are learned from.
+    """
     digest = hashlib.sha256()
     for one in problems:
         row = [one.id, one.problem, one.answer, one.tests, one.checker, one.tolerance]
+        row += [one.solution] * solutions
         digest.update(json.dumps(row).encode() + b"\n")
     return digest.hexdigest()
 

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from dgpo_jax import activity
+from dgpo_jax.models.files import PATTERNS
 from dgpo_jax.models.hf_config import config_from_folder, read_object
 from dgpo_jax.models.parameters import nest, table
 from dgpo_jax.sharding import RULES, sharding_for
@@ -32,9 +34,8 @@ def resolve_folder(path):
     from huggingface_hub import snapshot_download  # imported late: costs time, and only names need it
     from huggingface_hub.errors import HFValidationError
 
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
+        return Path(snapshot_download(str(path), allow_patterns=list(PATTERNS)))
     # The hub's client raises errors of its own, of its HTTP library and of the system; all of them mean one thing.
     except (HFValidationError, OSError, ValueError, RuntimeError) as error:
         raise ValueError(
@@ -180,6 +181,7 @@ def _read_block(folder, tensors, row, index, dtype):
     block = np.empty([cut.stop - cut.start for cut in index], dtype)
     for place, layer in enumerate(range(index[0].start, index[0].stop)):
         block[place] = read(names[layer], index[1:])
+        activity.beat()
     return block
 
 

@@ -10,13 +10,15 @@ A pool is started only for the kinds of problems that there are.
 import collections
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import NamedTuple
 
 from dgpo_jax import activity
 from dgpo_jax.rewards.code_tests import parse_tests
 from dgpo_jax.rewards.pool import VerifierPool
 from dgpo_jax.types import CHECKERS, Problem, Verdict
+
+LOOK_S = 0.5  # how often whoever waits for verdicts may do something else
 
 
 class MathSettings(NamedTuple):
@@ -67,11 +69,17 @@ class Checkers:
             return self._pools["math"].submit(problem.answer, response, problem.tolerance)
         return self._pools[problem.checker].submit(problem.tests, response)
 
-    def gather(self, tickets: Sequence[Future]) -> list[Verdict]:
-        """Waits for tickets; returns their Verdicts in the same order."""
+    def gather(self, tickets: Sequence[Future], between: Callable[[], object] = lambda: None) -> list[Verdict]:
+        """Waits for tickets; returns their Verdicts in the same order.
+
+        Args:
+            between: called now and then meanwhile; what it raises ends the wait.
+        """
         verdicts = []
         with activity.doing("checking answers", lambda: f"{sum(not ticket.done() for ticket in tickets)} of {len(tickets)} outstanding"):
             for ticket in tickets:
+                while not wait([ticket], timeout=LOOK_S).done:
+                    between()
                 verdicts.append(ticket.result())
                 activity.beat()
         return verdicts

@@ -137,7 +137,7 @@ def _last_value(text):
 
 
 def _last_formula(text):
-    """(content, where it ends) of the last $...$, \(...\) or \[...\]; (None, 0) if that reads like a price or like prose."""
+    r"""(content, where it ends) of the last $...$, \(...\) or \[...\]; (None, 0) if that reads like a price or like prose."""
     marks = list(_DOLLARS.finditer(text))[-2:]
     if len(marks) < 2 or (marks[0].group(), marks[1].group()) not in _PAIRS:
         return None, 0

@@ -48,7 +48,13 @@ def newest(experience: Experience, groups: int) -> Experience:
 
 
 def join(first: Experience, second: Experience) -> Experience:
-    """The groups of both, one after the other."""
+    """The groups of both, one after the other.
+
+    Raises:
+        ValueError: they are of different sizes.
+    """
+    if group_count(first) and group_count(second) and group_size(first) != group_size(second):
+        raise ValueError(f"groups of {group_size(first)} and of {group_size(second)} responses cannot be one Experience.")
     return Experience(
         prompts=_join(first.prompts, second.prompts),
         rollout=_join(first.rollout, second.rollout),

@@ -13,7 +13,7 @@ more devices, gives the same gradient:
     sum of  weights * (policy loss + kl * KL - entropy * H)  +  supervised * -log pi
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -136,7 +136,7 @@ def make_programs(model, optimizer, loss: LossSettings, shardings: Shardings) ->
             objective += loss.kl * batch.weights * kl
         if loss.entropy:
             objective -= loss.entropy * batch.weights * entropy
-        marks = mark_tokens(logprobs, objective, batch.loss_mask)
+        marks = mark_tokens(logprobs, batch.old_logprobs, objective, batch.loss_mask)
         per_token = {
             "loss": batch.weights * policy, "supervised": -batch.supervised * logprobs, "kl_ref": kl, "entropy": entropy,
             "objective": objective, "not_finite": marks > 0,
@@ -200,8 +200,7 @@ def take_marked_update(
     gradients, totals = programs.zero(state.params)
     marks = []
     for batch in batches:
-        if len(marks) > 1:
-            jax.block_until_ready(marks[-2])
+        keep_pace(marks)
         between()
         gradients, totals, tokens = programs.accumulate(state.params, (gradients, totals), batch)
         marks.append(Marks(tokens, programs.norm(gradients)))
@@ -209,9 +208,23 @@ def take_marked_update(
     return state, totals, figures, marks
 
 
-def mark_tokens(logprobs, objective, mask):
-    """u8[N, T]: LOGPROB and LOSS where a token's own is not finite; 0 where masked."""
-    bits = ~jnp.isfinite(logprobs) * jnp.uint8(LOGPROB) + ~jnp.isfinite(objective) * jnp.uint8(LOSS)
+def keep_pace(results: Sequence) -> None:
+    """Waits for the device until it is at most two microbatches behind the host, so that what is said between them is true.
+
+    Args:
+        results: on the device, one of each microbatch so far.
+    """
+    if len(results) > 1:
+        jax.block_until_ready(results[-2])
+
+
+def mark_tokens(logprobs, old_logprobs, objective, mask):
+    """u8[N, T]: LOGPROB and LOSS where a token's own is not finite; 0 where masked.
+
+    A loss whose old log-probability is infinite counts as not finite: only the clamp of the log-ratio hides it.
+    """
+    sound = jnp.isfinite(objective) & jnp.isfinite(old_logprobs)
+    bits = ~jnp.isfinite(logprobs) * jnp.uint8(LOGPROB) + ~sound * jnp.uint8(LOSS)
     return jnp.where(mask, bits, jnp.uint8(0))
 
 

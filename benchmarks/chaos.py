@@ -44,6 +44,8 @@ SIGNALS = {"KILL": signal.SIGKILL, "TERM": signal.SIGTERM, "INT": signal.SIGINT}
 # Before a process has Python's handlers it dies of the signal; before anything has begun, Ctrl-C is only Python's.
 CODES = {"KILL": (-signal.SIGKILL,), "TERM": (STOPPED_EARLY, -signal.SIGTERM), "INT": (STOPPED_EARLY, -signal.SIGINT, 130)}
 ANYWHERE = ("imports", "reading")  # phases of every start: these signals go between any of the others
+SHARE = 0.5  # of a phase, over which its moments are drawn: another time it may be shorter
+COMPILED_S = 1.0  # of a compilation that finds most of its programs in the cache
 POLL_S = 0.002
 PATIENCE_S = 1200  # on a busy machine; after that a process will not end any more
 
@@ -115,7 +117,9 @@ def draw_moments(seconds: Mapping[Place, float], signals: Sequence[str], rng: ra
     moments = []
     for name, phase in zip(signals, itertools.cycle(phases), strict=False):
         place = rng.choice(sorted(place for place in seconds if place.phase == phase))
-        moments.append(Moment(name, place, rng.uniform(0, seconds[place])))
+        again = any(moment.place.phase == phase for moment in moments)
+        length = min(seconds[place], COMPILED_S) if phase == "compilation" and again else SHARE * seconds[place]
+        moments.append(Moment(name, place, rng.uniform(0, length)))
     ordered = sorted((moment for moment in moments if moment.place.phase not in ANYWHERE), key=order)
     for moment in moments:
         if moment.place.phase in ANYWHERE:

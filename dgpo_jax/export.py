@@ -38,7 +38,7 @@ from dgpo_jax.checkpoint.folders import (
     read_details,
     read_score,
 )
-from dgpo_jax.config import ModelConfig, RolloutConfig, require
+from dgpo_jax.config import DataConfig, ModelConfig, RolloutConfig, UpdateConfig
 from dgpo_jax.data.tokenizers import Tokenizer, load_tokenizer
 from dgpo_jax.models import config_from_folder, resolve_folder
 from dgpo_jax.models.hf_config import read_object
@@ -51,7 +51,8 @@ from dgpo_jax.models.hf_export import (
     written_whole,
 )
 from dgpo_jax.models.parameters import parameter_count, table
-from dgpo_jax.session import say
+from dgpo_jax.rules import require, require_in_32_bits
+from dgpo_jax.session import in_words, say
 from dgpo_jax.workdir import read_record
 
 # What a tokenizer may consist of in a Hugging Face folder.
@@ -140,9 +141,13 @@ def read_run(workdir: Path, source: str) -> Run:
         raise ValueError(f"--workdir {workdir}: there is no config.json; give the folder of a run{fix}.")
     settings = read_record(path)
     try:
-        model, named = read_model(settings["model"]), settings["data"]["tokenizer"]
+        model = ModelConfig(**settings["model"])
+        named = DataConfig(tokenizer=settings["data"]["tokenizer"]).tokenizer
         rollout = RolloutConfig(**{name: settings["rollout"][name] for name in SAMPLING})
-        longest = int(settings["update"]["tokens_per_row"])
+        update = UpdateConfig(tokens_per_row=settings["update"]["tokens_per_row"])
+        for group, section in {"model": model, "rollout": rollout, "update": update}.items():
+            for name, value in vars(section).items():
+                require_in_32_bits(f"{group}.{name}", value)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is no config of a run of this version ({type(error).__name__}: {error}); mend it, or give another --workdir."
@@ -155,17 +160,7 @@ def read_run(workdir: Path, source: str) -> Run:
         model = replace(model, **config_from_folder(folder))
     if not named and folder is None:
         raise ValueError(f"{path}: data.tokenizer and model.path are both empty; name the run's tokenizer there.")
-    return Run(model, folder, named or str(folder), {name: getattr(rollout, name) for name in SAMPLING}, longest)
-
-
-def read_model(settings: dict) -> ModelConfig:
-    """The model of a config.json; TypeError if a value is of another kind than the setting."""
-    model, default = ModelConfig(**settings), ModelConfig()
-    for name, value in settings.items():
-        kind = type(getattr(default, name))
-        if not isinstance(value, (int, float) if kind is float else kind):
-            raise TypeError(f"model.{name} is {value!r}")
-    return model
+    return Run(model, folder, named or str(folder), {name: getattr(rollout, name) for name in SAMPLING}, update.tokens_per_row)
 
 
 def find_source(path: str) -> Path:
@@ -236,7 +231,7 @@ def check_arrays(checkpoint: Path, model: ModelConfig) -> str:
     saved = {name: what for name, what in details["arrays"].items() if name.startswith("params/")}
     target = {f"params/{name}": jax.ShapeDtypeStruct(row.shape, np.float32) for name, row in table(model).items()}
     require_same_arrays(checkpoint, saved, target)
-    amid = details["extra"].get("collected") is not None  # a signal came then
+    amid = details["extra"].get("collected") is not None  # the run was stopped there
     return f"iteration {details['iteration']}, amid its updates," if amid else f"iteration {details['iteration']}"
 
 
@@ -319,10 +314,10 @@ def main(arguments: list[str] | None = None) -> None:
     jax.config.update("jax_platforms", "cpu")  # Orbax starts JAX's backend, which would take an accelerator from a run
     try:
         export(options)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, MemoryError) as error:
         if os.environ.get("DGPO_JAX_TRACEBACK"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error, another='another --output')}", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was written", file=sys.stderr)

@@ -83,13 +83,13 @@ def write_run(workdir, model, params, iterations=(4,), tokenizer="builtin:words"
     return workdir
 
 
-def write_checkpoints(run, params, iterations):
+def write_checkpoints(run, params, iterations, extra=None):
     scores = iterations if isinstance(iterations, dict) else {}
     with Checkpoints(run / "checkpoints", keep=9) as checkpoints:
         for iteration in iterations:
             own = params | {"final_norm/scale": params["final_norm/scale"] + iteration}
             state = TrainState(jnp.int32(0), nested(jax.tree.map(jnp.asarray, own)), ())
-            checkpoints.save(iteration, state, {}, score=scores.get(iteration))
+            checkpoints.save(iteration, state, extra or {}, score=scores.get(iteration))
 
 
 def iteration_of(folder):
@@ -171,6 +171,17 @@ def test_the_same_model_is_read_from_the_config_that_was_written(name, tmp_path)
     assert replace(again, rope_original_length=0) == replace(MODELS[name], rope_original_length=0)
     assert (again.rope_scaling, again.rope_original_length) in (("none", 32768), ("yarn", 16))
     assert settings["max_position_embeddings"] == (64 if name == "qwen2 yarn" else 48)  # 4 times 16; as in training
+
+
+def test_a_checkpoint_amid_updates_is_not_told_to_be_a_whole_iteration(tmp_path, capsys):
+    run = write_run(tmp_path / "run", TINY, random_params(TINY), iterations=())
+    write_checkpoints(run, random_params(TINY), (4,), extra={"collected": None})
+    write_checkpoints(run, random_params(TINY), (5,), extra={"collected": {"reward/mean": 0.5}})
+    exported(run, tmp_path / "whole", checkpoint="iteration_000004")
+    exported(run, tmp_path / "amid")
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/whole: iteration 4 of the run" in said
+    assert f"{tmp_path}/amid: iteration 5, amid its updates, of the run" in said
 
 
 def test_weights_saved_on_eight_devices_are_exported_on_one_without_an_accelerator(tmp_path):
@@ -315,6 +326,31 @@ def test_the_best_is_the_newest_of_those_with_the_highest_score(tmp_path, scores
     assert iteration_of(exported(run, tmp_path / "out", checkpoint="best")) == best
 
 
+@pytest.mark.parametrize("score", ["0.75", True, float("nan"), float("inf"), [1]])
+def test_a_score_that_is_no_number_and_a_file_of_such_a_name_are_no_best(tmp_path, score):
+    run = write_run(tmp_path / "run", TINY, random_params(TINY), {2: 0.5, 4: None})
+    details = run / "checkpoints/iteration_000004/details.json"
+    details.write_text(json.dumps(json.loads(details.read_text()) | {"score": score}))
+    (run / "checkpoints/iteration_000009").write_text("")
+    assert story.find_best(run / "checkpoints").name == "iteration_000002"
+
+
+def test_json_has_no_nan(tmp_path):
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        hf_export.write_json(tmp_path / "config.json", {"rope_theta": float("nan")})
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_memory_that_is_not_there_is_told_in_a_line(capsys, monkeypatch):
+    def export(_):
+        raise MemoryError("Unable to allocate 1 EiB")
+
+    monkeypatch.setattr(story, "export", export)
+    with pytest.raises(SystemExit) as stop:
+        story.main(["--workdir=run", "--output=out"])
+    assert stop.value.code == 1 and capsys.readouterr().err.startswith("error: out of memory (Unable to allocate 1 EiB); lower ")
+
+
 def test_a_damaged_best_gives_way_to_the_next_with_the_reason(tmp_path, capsys):
     run = write_run(tmp_path / "run", TINY, random_params(TINY), {2: 0.5, 4: 0.75, 6: 0.25})
     (run / "checkpoints/iteration_000004/manifest.json").unlink()
@@ -354,7 +390,13 @@ def change_config(section, **changes):
         (spoil_config("[]"), {}, "config.json holds a list where settings"),
         (spoil_config('{"model": {}}'), {}, "no config of a run .*KeyError: 'data'"),
         (lambda run: (run / "config.json").write_bytes(b"\xff"), {}, "config.json is not JSON"),
-        (change_config("model", layers="two"), {}, "no config of a run .*TypeError"),
+        (change_config("model", layers="two"), {}, "no config of a run .*model.layers is 'two', but it is a whole number"),
+        (change_config("model", rope_theta=float("nan")), {}, "no config of a run .*model.rope_theta is nan"),
+        (change_config("model", rope_theta=float("inf")), {}, "no config of a run .*model.rope_theta is inf, but numbers are kept in 32 bits"),
+        (change_config("model", norm_eps=float("nan")), {}, "no config of a run .*model.norm_eps is nan"),
+        (change_config("update", tokens_per_row=float("inf")), {}, "no config of a run .*update.tokens_per_row is inf"),
+        (change_config("rollout", temperature=float("inf")), {}, "no config of a run .*rollout.temperature is inf"),
+        (change_config("data", tokenizer=5), {}, "no config of a run .*data.tokenizer is 5"),
         (change_config("model", path=3), {}, "no config of a run .*model.path is 3"),
         (change_config("model", rope_theta="ten"), {}, "no config of a run .*model.rope_theta is 'ten'"),
         (change_config("model", heads=3), {}, "model.heads is 3, but key heads are shared evenly"),
@@ -431,6 +473,18 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(run, tmp_path
     with pytest.raises(ValueError, match=r"0\.07 GB will be written and 0\.01 GB are free; make room.*--dtype=bfloat16"):
         exported(run, tmp_path / "out")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_folder_of_the_name_of_an_unfinished_export_is_emptied_only_if_an_export_made_it(run, tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "thesis.tex").write_text("years of work")
+    with pytest.raises(ValueError, match=r"out\.partial has files in it that no export made, .*; move it away, or give another --output"):
+        exported(run, tmp_path / "out")
+    assert (partial / "thesis.tex").read_text() == "years of work" and not (tmp_path / "out").exists()
+    (partial / "lock").touch()  # as an export that was killed leaves it
+    exported(run, tmp_path / "out")
+    assert not partial.exists() and not (tmp_path / "out/thesis.tex").exists()
 
 
 def test_a_second_export_to_the_same_place_is_refused(run, tmp_path):

@@ -72,8 +72,8 @@ def read_words(workdir: Path) -> str:
 
 
 def as_save(name: str) -> Place:
-    """Of the name of a checkpoint in the workdir."""
-    return Place("warm start's save" if name.startswith("sft/") else "save", int(name.rpartition("_")[2]))
+    """Of the name of a checkpoint in the workdir; iteration_000004.2 is the second one of its iteration."""
+    return Place("warm start's save" if name.startswith("sft/") else "save", int(re.search(r"iteration_(\d+)", name)[1]))
 
 
 def unfinished(workdir: Path) -> set[tuple[str, int]]:

@@ -40,7 +40,7 @@ from dgpo_jax.files import alone_in
 from dgpo_jax.methods import gradient_weights, trust_region
 from dgpo_jax.processes import Job, run_all, why_failed
 from dgpo_jax.restart import is_complete
-from dgpo_jax.session import say
+from dgpo_jax.session import in_words, say
 from dgpo_jax.workdir import claim_workdir, write_config
 
 RATIOS = np.geomspace(0.01, 100, 2001)  # of weights.png
@@ -209,7 +209,7 @@ def main() -> None:
     try:
         results = compare(plan)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_words(error)}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on", file=sys.stderr)

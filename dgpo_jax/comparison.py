@@ -65,7 +65,7 @@ DIFFERENCES = (  # of these measures to the first method's, seed by seed
 def read_result(label: str, seed: int, workdir: Path, finished: bool) -> Result:
     """What is in the workdir of a run, which may not exist yet."""
     metrics, failure = workdir / "metrics.jsonl", workdir / FAILURE
-    rows = read_metrics(metrics) if metrics.exists() else []
+    rows = read_metrics(metrics, "iteration") if metrics.exists() else []
     why = failure.read_text().strip() if failure.exists() and not finished else ""
     return Result(label, seed, rows, finished, why)
 

@@ -22,13 +22,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-SMALLEST, LARGEST = 2.0**-126, 2.0**127  # of numbers that float32 holds, 0 apart
+from dgpo_jax.rules import closest, require, require_in_32_bits, require_kinds, shown
 
-
-def require(condition: bool, name: str, value, rule: str, fix: str) -> None:
-    """Raises ValueError with the setting, its value, the rule it breaks, and what to do."""
-    if not condition:
-        raise ValueError(f"{name} is {value!r}, but {rule}; {fix}.")
+PROBLEMS = "problems"  # what checkpoint.accept_changes calls an edited data set
+MODEL_FILES = "model_files"  # and other files in the folder of model.path
+ANY_CHANGE = "all"  # and whatever else
 
 
 @dataclass(frozen=True)
@@ -58,12 +56,17 @@ class ModelConfig:
     attention_chunk: int = 512  # query rows in a block, for chunked
 
     def __post_init__(self):
+        require_kinds(self, "model")
         for name in ("vocab_size", "layers", "width", "heads", "key_heads", "head_width", "mlp_width", "attention_chunk"):
             require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "a size is positive", "give at least 1")
         require(
             self.heads % self.key_heads == 0, "model.heads", self.heads,
             f"key heads are shared evenly and there are {self.key_heads}", "make it a multiple of model.key_heads",
         )  # fmt: skip
+        for name in ("rope_theta", "rope_factor"):
+            require(getattr(self, name) > 0, f"model.{name}", getattr(self, name), "wavelengths are positive", "give more than 0")
+        for name in ("norm_eps", "initializer_std"):
+            require(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), "it is an amount", "give 0 or more")
         require(self.head_width % 2 == 0, "model.head_width", self.head_width, "rotary embedding turns pairs", "make it even")
 
 
@@ -77,6 +80,7 @@ class MeshConfig:
     context: int = 1  # devices that the tokens of each packed row are split over, for rows too long for one; they decode rows of their own
 
     def __post_init__(self):
+        require_kinds(self, "mesh")
         sizes = (self.data, self.fsdp, self.tensor, self.context)
         require(all(size == -1 or size > 0 for size in sizes), "mesh", sizes, "an axis is positive, or -1 for the rest", "change it")
         require(sizes.count(-1) <= 1, "mesh", sizes, "only one axis can take what is left", "give the others a size")
@@ -104,6 +108,9 @@ class DataConfig:
     instruction: str = ""  # appended to every problem; '' = the template's own default, which r1 has; such as 'Put your final answer in \\boxed{}.'
     too_long: Literal["error", "drop", "cut"] = "error"  # what to do with a prompt of more than rollout.max_prompt tokens; cut = leave out the beginning of the problem, never of the template
 
+    def __post_init__(self):
+        require_kinds(self, "data")
+
 
 @dataclass(frozen=True)
 class RolloutConfig:
@@ -124,6 +131,7 @@ class RolloutConfig:
     staleness: int = 0  # iterations between sampling and learning, less where dynamic sampling reaches its cap; 0 = learn at once
 
     def __post_init__(self):
+        require_kinds(self, "rollout")
         for name in ("prompts", "max_prompt", "max_response", "max_draws"):
             require(getattr(self, name) > 0, f"rollout.{name}", getattr(self, name), "it counts something", "give at least 1")
         require(
@@ -155,7 +163,8 @@ class RewardConfig:
     memory_mb: int = 2048  # memory of one worker
 
     def __post_init__(self):
-        require(math.isfinite(self.correct), "reward.correct", self.correct, "rewards are finite", "give a number")
+        require_kinds(self, "reward")
+        require(-math.inf < self.correct < math.inf, "reward.correct", self.correct, "rewards are finite", "give a number")
         for name in ("incorrect", "no_think_end", "no_think_start"):
             value = getattr(self, name)
             require(
@@ -185,6 +194,7 @@ class CodeConfig:
     max_tests: int = 0  # tests tried, the first of each problem; 0 = all
 
     def __post_init__(self):
+        require_kinds(self, "code")
         require(self.workers > 0, "code.workers", self.workers, "somebody must run programs", "give at least 1")
         for name in ("test_s", "wall_s"):
             require(getattr(self, name) > 0, f"code.{name}", getattr(self, name), "it is a time in seconds", "give more than 0")
@@ -222,6 +232,8 @@ class LossConfig:
     entropy: float = 0.0  # weight of the entropy bonus; 0 = off
 
     def __post_init__(self):
+        require_kinds(self, "loss")
+
         def check(name, fits, rule, fix):
             value = getattr(self, name)
             require(value is None or fits(value), f"loss.{name}", value, rule, fix)
@@ -261,6 +273,7 @@ class KlConfig:
         return self.coefficient > 0 and self.place == "reward"
 
     def __post_init__(self):
+        require_kinds(self, "kl")
         require(self.coefficient >= 0, "kl.coefficient", self.coefficient, "it keeps the policy near", "give 0 for off")
         require(
             (self.estimator, self.place) != ("k1", "loss"), "kl.estimator", self.estimator,
@@ -279,6 +292,7 @@ class CorrectionConfig:
     high: float = 2.0  # largest ratio that reject lets through
 
     def __post_init__(self):
+        require_kinds(self, "correction")
         require(self.cap > 0, "correction.cap", self.cap, "it bounds a ratio", "give more than 0")
         require(0 <= self.low < 1 < self.high, "correction.low, correction.high", (self.low, self.high), "the interval is around 1", "change them")
 
@@ -294,6 +308,7 @@ class UpdateConfig:
     old_logprobs: Literal["trainer", "sampler"] = "trainer"  # trainer = one more forward pass, the first ratio is exactly 1; sampler = the rollout's own
 
     def __post_init__(self):
+        require_kinds(self, "update")
         for name in ("updates", "tokens_per_row", "tokens_per_device", "logprob_chunk"):
             require(getattr(self, name) > 0, f"update.{name}", getattr(self, name), "it counts something", "give at least 1")
 
@@ -331,6 +346,7 @@ class OptimizerConfig:
     max_skipped: int = 10  # updates in a row that may be skipped, for a gradient, loss or log-probability that is not finite, before the run stops
 
     def __post_init__(self):
+        require_kinds(self, "optimizer")
         require(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "it scales a step", "give more than 0")
         require(self.warmup_iterations >= 0, "optimizer.warmup_iterations", self.warmup_iterations, "it counts iterations", "give 0 for none")
         for name in ("beta1", "beta2"):
@@ -354,6 +370,7 @@ class SftConfig:
     checkpoint_every: int = 500  # updates
 
     def __post_init__(self):
+        require_kinds(self, "sft")
         require(self.updates >= 0, "sft.updates", self.updates, "it counts updates", "give 0 for none")
         for name in ("examples", "log_every", "checkpoint_every"):
             require(getattr(self, name) > 0, f"sft.{name}", getattr(self, name), "it counts something", "give at least 1")
@@ -376,6 +393,7 @@ class EvalConfig:
     responses: int = 0  # sampled at once; 0 = as many as in a rollout
 
     def __post_init__(self):
+        require_kinds(self, "eval")
         require(self.every >= 0, "eval.every", self.every, "it counts iterations", "give 0 for the first and last only")
         require(self.problems >= 0, "eval.problems", self.problems, "it counts problems", "give 0 for all, or data.held_out='' for no evaluation")
         require(self.samples >= 0, "eval.samples", self.samples, "it counts responses", "give 0 for greedy only")
@@ -399,6 +417,7 @@ class PrepareConfig:
     pass_below: float | None = None  # and in a smaller share, such as 1: those not solved always
 
     def __post_init__(self):
+        require_kinds(self, "prepare")
         require(self.ngram > 0, "prepare.ngram", self.ngram, "it counts words", "give at least 1; the papers have 9 to 13")
         require(self.max_solution >= 0, "prepare.max_solution", self.max_solution, "it counts tokens", "give 0 for no limit")
         for name in ("pass_above", "pass_below"):
@@ -422,6 +441,7 @@ class CheckpointConfig:
     accept_changes: str = ""  # settings that may differ from those the run was started with, on purpose: 'optimizer.learning_rate, rollout', or problems (an edited data set), or model_files (other weights, tokenizer or chat template in model.path); all = any
 
     def __post_init__(self):
+        require_kinds(self, "checkpoint")
         require(self.every > 0, "checkpoint.every", self.every, "it counts iterations", "give at least 1")
         require(self.keep > 0, "checkpoint.keep", self.keep, "a restart needs one", "give at least 1")
         require(self.keep_best >= 0, "checkpoint.keep_best", self.keep_best, "it counts checkpoints", "give 0 for none")
@@ -438,6 +458,7 @@ class GuardConfig:
     max_truncated: float = 0.5  # warn of a larger share of responses that are cut off
 
     def __post_init__(self):
+        require_kinds(self, "guard")
         require(self.silence_minutes >= 0, "guard.silence_minutes", self.silence_minutes, "it is a time", "give 0 for never")
         require(
             not self.stop_when_silent or self.silence_minutes > 0, "guard.stop_when_silent", True,
@@ -457,6 +478,7 @@ class HostsConfig:
     start_s: int = 300  # how long processes wait for each other at the start
 
     def __post_init__(self):
+        require_kinds(self, "hosts")
         for name in ("heartbeat_s", "start_s"):
             require(getattr(self, name) >= 5, f"hosts.{name}", getattr(self, name), "a busy machine is silent for seconds", "give at least 5")
 
@@ -492,12 +514,13 @@ class Config:
     hosts: HostsConfig = field(default_factory=HostsConfig)
 
     def __post_init__(self):
+        require_kinds(self)
         require(self.iterations >= 0, "iterations", self.iterations, "it counts iterations", "give 0 for the warm start only")
         require(0 <= self.seed < 2**31, "seed", self.seed, "random keys take 31 bits", "give 0 to 2147483647")
-        for name, value in flatten(self).items():
-            if isinstance(value, (int, float)):
-                largest = 2**31 if isinstance(value, int) else LARGEST
-                require(value == 0 or SMALLEST < abs(value) < largest, name, value, "numbers are kept in 32 bits", "give a usual one")
+        settings = flatten(self)
+        for name, value in settings.items():
+            require_in_32_bits(name, value)
+        require_changes(self.checkpoint.accept_changes, settings)
         require(
             parse_iterations(self.profile) is not None, "profile", self.profile, "it names iterations, from 1 on and in order within a range",
             "give numbers and ranges with commas between them, such as '3,5-6', or '' for none",
@@ -536,6 +559,21 @@ MAY_CHANGE = (
 
 # Those of them that results depend on to rounding, so that a run which goes on under another value is no longer the same to the bit.
 CHANGES_ROUNDING = ("mesh", "rollout.slots", "update.tokens_per_device", "eval.responses", "deterministic")
+
+
+def require_changes(accepted: str, settings: Collection[str]) -> None:
+    """Raises ValueError if checkpoint.accept_changes names what is neither a setting, nor a group of them, nor one of the others.
+
+    Args:
+        settings: the dotted names of all.
+    """
+    known = {*settings, *(name.split(".")[0] for name in settings), PROBLEMS, MODEL_FILES, ANY_CHANGE}
+    for name in filter(None, map(str.strip, accepted.split(","))):
+        near = closest(name, known)
+        require(
+            name in known, "checkpoint.accept_changes", accepted, f"there is no setting {shown(name)}",
+            f"did you mean {near}" if near else f"name settings, groups such as optimizer, {PROBLEMS}, {MODEL_FILES}, or {ANY_CHANGE}",
+        )  # fmt: skip
 
 
 def parse_iterations(text: str) -> tuple[range, ...] | None:
@@ -666,6 +704,8 @@ def _run_config_file(path: str) -> Config:
     try:
         spec.loader.exec_module(module)
         config = module.get_config()
+    except SystemExit as stop:
+        _refuse(f"{path}: it ends Python (SystemExit: {stop.code}) before there is a config; have get_config() return one")
     except Exception as error:  # it is the user's own Python, so anything can come out of it
         _refuse(f"{path}: {type(error).__name__}: {error}")
     if not isinstance(config, Config):

@@ -28,6 +28,7 @@ from dgpo_jax.hardware import GIB, Chip, device_chip
 from dgpo_jax.memory import choose_slots
 from dgpo_jax.models.parameters import parameter_count
 from dgpo_jax.recipe import resolve
+from dgpo_jax.rules import require
 from dgpo_jax.session import run_command
 
 VERSION = 1  # of the JSON; it changes when a key changes its meaning or goes
@@ -75,6 +76,7 @@ def dryrun(config: Config, workdir: Path | None, options: Options) -> Outlook:
         ValueError: a setting or the topology is wrong, or the run does not fit.
     """
     # Act 1, the plan: no device is touched, all there is are shapes.
+    check_file(options.json)
     config, devices = resolve(config), find_devices(options.topology)
     shapes = forecast.build_shapes(config, devices)
     lengths = forecast.plan_lengths(config, options.mean_prompt, options.mean_response)
@@ -82,7 +84,7 @@ def dryrun(config: Config, workdir: Path | None, options: Options) -> Outlook:
     steps = forecast.rollout_steps(config, shapes, lengths, slots) + forecast.update_steps(config, shapes, lengths)
 
     # Act 2, the compiler.
-    wanted = tuple(options.programs.split(",")) if options.programs else ("",)
+    wanted = choose_programs(options.programs, [step.program.name for step in steps])
     platform = devices[0].platform
     compiled = [compile_step(step, platform) for step in steps if step.program.name.startswith(wanted)]
 
@@ -99,6 +101,31 @@ def dryrun(config: Config, workdir: Path | None, options: Options) -> Outlook:
     if not figures["fits"]:
         raise ValueError(f"{config.name} does not fit {options.topology}: {figures['lacking'][0]}; {'; or '.join(figures['advice'])}.")
     return outlook
+
+
+def check_file(path: str) -> None:
+    """Raises ValueError for a --json that could not be written when all is compiled."""
+    if path in ("", "-"):
+        return
+    require(not Path(path).is_dir(), "--json", path, "there is a folder of that name", "name a file")
+    require(Path(path).absolute().parent.is_dir(), "--json", path, "there is no folder to write it to", "make that first")
+
+
+def choose_programs(text: str, names: Sequence[str]) -> tuple[str, ...]:
+    """Beginnings of the names of programs, by --programs; ("",) = all.
+
+    Raises:
+        ValueError: no name begins with one of them, and nothing would be found out.
+    """
+    if not text:
+        return ("",)
+    wanted = tuple(part.strip() for part in text.split(","))
+    for part in wanted:
+        require(
+            bool(part) and any(name.startswith(part) for name in names), "--programs", text,
+            f"no program's name begins with {part!r}", f"give beginnings of {', '.join(dict.fromkeys(names))}",
+        )  # fmt: skip
+    return wanted
 
 
 def compile_step(step: Step, platform: str) -> Compiled:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +18,25 @@ def write_whole(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def require_regular(path: Path) -> None:
+    """Refuses what a read would wait for, such as a named pipe, and what is no file at all.
+
+    Raises:
+        OSError: with `strerror` in words; FileNotFoundError and the like where there is nothing.
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+
+
+def read_regular(path: Path, errors: str = "strict") -> str:
+    """The text of a file, UTF-8; OSError for anything else, see `require_regular`."""
+    require_regular(path)
+    return path.read_text(encoding="utf-8", errors=errors)
 
 
 def make_durable(*paths: Path) -> None:
@@ -42,6 +62,8 @@ def alone_in(workdir: Path) -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
+        if (workdir / "lock").exists():
+            require_regular(workdir / "lock")
         lock = open(workdir / "lock", "w")  # noqa: SIM115 (closed below)
     except OSError as error:
         raise ValueError(f"--workdir {workdir} cannot be written: {error.strerror}; choose another.") from None

@@ -59,6 +59,10 @@ QWEN_PATTERN = (
 )
 CUTS = {"gpt-2": None, "default": None, "smollm": None, "qwen2": QWEN_PATTERN}
 DIGITS_APART = {"smollm"}
+REQUIRED = (
+    "general.architecture", "tokenizer.ggml.model", "tokenizer.ggml.tokens", "tokenizer.ggml.token_type", "tokenizer.ggml.merges",
+)  # fmt: skip
+SIZES = ("embedding_length", "attention.head_count", "feed_forward_length", "block_count", "context_length", "attention.layer_norm_rms_epsilon")
 CONTROL, USER_DEFINED = 3, 4  # token types of GGUF that are matched whole, before any cutting
 
 
@@ -74,6 +78,7 @@ def convert(gguf_file, output, dtype: str = "float32") -> None:
     """
     reader = _open(gguf_file)
     fields = {name: field.contents() for name, field in reader.fields.items()}
+    _require(fields, REQUIRED)
     shapes = {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in reader.tensors}
     config = build_config(fields, shapes, dtype)
     tokenizer = build_tokenizer(fields)  # before the weights: it is quick, and says early what is unsupported
@@ -101,7 +106,10 @@ def _open(path):
     with open(path, "rb") as file:
         if file.read(4) != b"GGUF":
             raise ValueError(f"{path} is not a GGUF file (it does not begin with the letters GGUF).")
-    return gguf.GGUFReader(path)
+    try:
+        return gguf.GGUFReader(path)
+    except (IndexError, KeyError, TypeError, UnicodeDecodeError, OverflowError, MemoryError) as error:  # what numpy and Python say where the file ends early
+        raise ValueError(f"{path} is damaged or cut off ({type(error).__name__}: {error}); download it again.") from None
 
 
 def build_config(fields, shapes, dtype) -> dict:
@@ -115,6 +123,8 @@ def build_config(fields, shapes, dtype) -> dict:
 
     if get("rope.scaling.type", "none") != "none" or "rope_freqs.weight" in shapes:
         raise ValueError("this GGUF file scales its rotary embedding, which is not imported; use the original folder.")
+    _require(fields, [f"{name}.{key}" for key in SIZES])
+    _require(shapes, ["token_embd.weight"])
     width, heads = get("embedding_length"), get("attention.head_count")
     head_width = get("attention.key_length", width // heads)
     if get("rope.dimension_count", head_width) != head_width:
@@ -140,6 +150,13 @@ def build_config(fields, shapes, dtype) -> dict:
         "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
     }
     return {key: value for key, value in config.items() if value is not None}
+
+
+def _require(there, names):
+    """Raises ValueError for what a file lacks of the names of its metadata or tensors."""
+    missing = [name for name in names if name not in there]
+    if missing:
+        raise ValueError(f"this GGUF file lacks {', '.join(missing)}; it is damaged or holds no language model, get another.")
 
 
 def _shortest(value):

@@ -6,12 +6,11 @@ accident, at twice the speed of SHA-256.
 
 import json
 import os
-import stat
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 
-from dgpo_jax.files import make_durable, write_whole
+from dgpo_jax.files import make_durable, read_regular, require_regular, write_whole
 
 MANIFEST = "manifest.json"
 BLOCK_BYTES = 16 * 2**20  # read at a time: large enough that the checksum leaves Python free to train
@@ -35,7 +34,7 @@ def find_flaw(path: Path, read_only: tuple[str, ...] | None = None, must_list: t
         must_list: names without which a manifest is not one of this kind of folder.
     """
     try:
-        text = (path / MANIFEST).read_text()
+        text = read_regular(path / MANIFEST)
     except FileNotFoundError:
         return f"it was never finished: there is no {MANIFEST}"
     except NotADirectoryError:
@@ -70,10 +69,8 @@ def _inside(path: Path, name: str) -> Path:
 
 def _size(file: Path) -> int:
     """In bytes; OSError for what is not a file: a pipe in its place would be waited for."""
-    found = file.stat()
-    if not stat.S_ISREG(found.st_mode):
-        raise OSError(f"{file.name} is not a file")
-    return found.st_size
+    require_regular(file)
+    return file.stat().st_size
 
 
 def checksums(files: list[Path], durable: bool = False) -> dict[Path, str]:

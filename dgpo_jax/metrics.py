@@ -21,6 +21,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dgpo_jax.files import read_regular
+
 
 class Column(NamedTuple):
     """One column of the console table."""
@@ -182,7 +184,7 @@ def read_metrics(path: str | Path, unit: str = "") -> list[dict[str, Any]]:
         ValueError: with the line that is none of a run.
     """
     # A kill can also tear a character apart; that is in the torn line, so it need not be readable.
-    lines = Path(path).read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    lines = read_regular(Path(path), errors="replace").split("\n")[:-1]
     rows = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -6,7 +6,8 @@ of the right difficulty for a model.
 
 What is left out is set under `prepare`, docs/preparation.md says what the papers do. The pass rate is measured only if
 prepare.pass_above or prepare.pass_below is set: eval.samples responses to each problem, by model.path or --checkpoint.
-Killed at any moment, the same command goes on; run twice, it gives the same files.
+Killed at any moment, the same command goes on; run twice, it gives the same files. An output from before is kept as
+prepared.jsonl.before until the new one is there.
 
     prepared.jsonl              the problems, with pass_rate where it was measured
     prepared.report.md, .json   what each step dropped, with examples, lengths, pass rates
@@ -14,6 +15,7 @@ Killed at any moment, the same command goes on; run twice, it gives the same fil
     prepared.samples/           the model's responses (another place with --workdir)
 """
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +27,7 @@ import numpy as np
 from dgpo_jax.build import Actor, build_actor, build_checkers, build_tokenizer, load, make_decode_params
 from dgpo_jax.config import Config
 from dgpo_jax.data.benchmarks import parse_sets
-from dgpo_jax.data.problems import fingerprint
+from dgpo_jax.data.problems import fingerprint, source_files
 from dgpo_jax.data.prompts import Template
 from dgpo_jax.evaluation import protocol as protocols
 from dgpo_jax.evaluation.generations import count_done
@@ -34,11 +36,13 @@ from dgpo_jax.evaluation.sampling import generate_set, make_round
 from dgpo_jax.files import alone_in
 from dgpo_jax.metrics import progress, write_lines
 from dgpo_jax.models import resolve_folder
-from dgpo_jax.preparation.report import NOT_COMPARED, make_report, write_report
+from dgpo_jax.preparation.report import NOT_COMPARED, make_report, report_paths, write_report
 from dgpo_jax.preparation.steps import Step, decontaminate, deduplicate, drop_long, drop_unparsable, keep_between
 from dgpo_jax.rewarding import graded
 from dgpo_jax.session import run_command, say, say_prompt
 from dgpo_jax.types import Problem
+
+BEFORE = ".before"  # ends the name of an output of another day, until there is a new one
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ def prepare(config: Config, workdir: Path | None, options: Options) -> dict:
         ValueError: settings, source, benchmarks or weights do not fit, or nothing is left.
     """
     # Act 1, what can go wrong cheaply: names, files, tokenizer, model; no weights are read yet.
-    output = check_output(config, options)
+    output = check_output(config, workdir, options)
     asker = find_asker(config, options)
     tokenizer = asker.actor.tokenizer if asker else build_tokenizer(config, find_folder(config))
     template = Template(config.data.template, config.data.system, config.data.instruction)
@@ -93,21 +97,25 @@ def prepare(config: Config, workdir: Path | None, options: Options) -> dict:
             problems = take(drop_unparsable(problems, config, advance))
     rate_of, measured = {}, {}
     if asker and problems:
-        rates, measured = measure_pass_rates(config, asker, problems, workdir or output.with_suffix(".samples"))
+        rates, measured = measure_pass_rates(config, asker, problems, workdir or samples_folder(output))
         rate_of = {problem.id: rate for problem, rate in zip(problems, rates, strict=True)}
         bounds = config.prepare.pass_above, config.prepare.pass_below
         problems = take(keep_between(problems, rates, *bounds, config.eval.samples))
 
     # Act 3, files: the report first, so that an output always has one, and never that of another.
-    output.unlink(missing_ok=True)
+    before = output.with_name(output.name + BEFORE)
+    if output.exists():
+        os.replace(output, before)
     report = make_report(describe_settings(config, measured), config.data.train, source, problems, steps)
     paths = write_report(output, report, steps)
     if not problems:
         raise ValueError(
             f"no problem is left of {len(source)}, {output} was not written; {paths['report.md']} says why."
+            + (f" What was there is {before} now." if before.exists() else "")
         )
     rates_written = [{"pass_rate": rate_of[problem.id]} if rate_of else {} for problem in problems]
     write_lines(output, [problem._asdict() | rate for problem, rate in zip(problems, rates_written, strict=True)])
+    before.unlink(missing_ok=True)
     say(f"problems     {output}\nreport       {paths['report.md']}\ndropped      {paths['dropped.jsonl']}")
     say(f"to train     python -m dgpo_jax.train --config=... {' '.join(train_flags(config, output))}")
     return report
@@ -155,22 +163,41 @@ def find_folder(config: Config) -> str:
     return str(resolve_folder(config.model.path)) if config.model.path else ""
 
 
-def check_output(config: Config, options: Options) -> Path:
-    """The output's path, if it can be written without harm."""
+def samples_folder(output: Path) -> Path:
+    """Where the model's responses are kept, unless --workdir says otherwise."""
+    return output.with_suffix(".samples")
+
+
+def check_output(config: Config, workdir: Path | None, options: Options) -> Path:
+    """The output's path, if it and what stands beside it can be written without harm."""
     output = Path(options.output)
     if output.suffix != ".jsonl":
         raise ValueError(
             f"--output is {options.output!r}, but problems are written as .jsonl; give --output=prepared.jsonl."
         )
-    read = [config.data.train, *(source for _, source in parse_sets(config.prepare.against))]
-    for part in (part.strip() for source in read for part in source.split(" + ")):
-        if output.resolve() == Path(part).resolve():
-            raise ValueError(f"--output {output} is what is read; give another name, so that it can be read again.")
+    if output.is_dir():
+        raise ValueError(f"--output {output} is a folder, but problems are written to a file; give another name.")
+    refuse_sources(config, output, workdir or samples_folder(output))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"--output {output} cannot be written: {error.strerror}; choose another place.") from None
     return output
+
+
+def refuse_sources(config: Config, output: Path, samples: Path) -> None:
+    """Raises ValueError if a file that is read is one of those that will be written, or lies among the responses."""
+    written = [output, output.with_name(output.name + BEFORE), *report_paths(output).values()]
+    places = {path.resolve() for path in written}
+    for source in [config.data.train, *(source for _, source in parse_sets(config.prepare.against))]:
+        for path in source_files(source):
+            if path.resolve() in places:
+                raise ValueError(
+                    f"--output {output}: {path} is what is read, and would be written over; give another name, so that it can be"
+                    " read again."
+                )
+            if path.resolve().is_relative_to((samples / "generations").resolve()):
+                raise ValueError(f"{path} is what is read, and {samples} is for responses; give another --output or --workdir.")
 
 
 def measure_pass_rates(

@@ -1,6 +1,7 @@
 """What every command does around its story: read the command line, join the other processes, say what is going on."""
 
 import contextlib
+import errno
 import os
 import resource
 import sys
@@ -25,6 +26,16 @@ from dgpo_jax.stopping import Stop, Stopping
 from dgpo_jax.types import Problem
 from dgpo_jax.watchdog import Watchdog
 
+SMALLER = "rollout.slots, eval.responses, rollout.max_response, eval.max_response, eval.samples or update.tokens_per_device"  # what takes a host's memory
+REMEDIES = {
+    errno.ENOENT: "put it there",
+    errno.EACCES: "make it accessible",
+    errno.EPERM: "make it accessible",
+    errno.EROFS: "make it writable",
+    errno.ENOSPC: "free some",
+    errno.EDQUOT: "free some",
+    errno.ENAMETOOLONG: "give a shorter name",
+}  # of errors of the file system, by number; of any other: move it away
 CACHE = Path.home() / ".cache" / "dgpo_jax" / "xla"
 
 
@@ -61,7 +72,7 @@ def run_command(
         sys.stdout.flush()
         os._exit(stop.code)  # all is closed; Python would wait for a compilation that was broken off
     except Exception as error:
-        if isinstance(error, ValueError | OSError | RuntimeError) and not os.environ.get("DGPO_JAX_TRACEBACK"):
+        if isinstance(error, ValueError | OSError | RuntimeError | MemoryError) and not os.environ.get("DGPO_JAX_TRACEBACK"):
             report(error)
         elif hosts.count() == 1:
             raise
@@ -79,9 +90,25 @@ def report(error: Exception) -> None:
     if not hosts.says_it(error):
         return
     who = f"{hosts.name()}: " if hosts.count() > 1 else ""
-    print(f"{who}error: {error}", file=sys.stderr)
+    print(f"{who}error: {in_words(error)}", file=sys.stderr)
     if isinstance(error, RuntimeError):  # not about the input: somebody may have to look at the code
         print("DGPO_JAX_TRACEBACK=1 shows where this came from", file=sys.stderr)
+
+
+def in_words(error: Exception, another: str = "another --workdir") -> str:
+    """An error in a line; what only says that something went wrong says what to do about it too.
+
+    Args:
+        another: what else could be given instead of a file that is in the way.
+    """
+    if isinstance(error, MemoryError):
+        what = " ".join(str(error).split())
+        return f"out of memory{f' ({what})' if what else ''}; lower {SMALLER}, or free some."
+    # An HTTPError is an OSError too, with an address for a filename and no number.
+    if not (isinstance(error, OSError) and error.errno and error.strerror and isinstance(error.filename, str | os.PathLike)):
+        return str(error)
+    place = error.filename2 or error.filename  # of a renaming, what it was to become
+    return f"{place}: {error.strerror}; {REMEDIES.get(error.errno, 'move it away')}, or use {another}."
 
 
 def use_compilation_cache() -> None:

@@ -17,7 +17,7 @@ from dgpo_jax.build import Parts, abstract_state, build_state, load
 from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.config import Config, SftConfig
 from dgpo_jax.data.problems import ProblemStream
-from dgpo_jax.data.prompts import encode_examples, fit
+from dgpo_jax.data.prompts import encode_examples, encode_solution, fit
 from dgpo_jax.learning import row_shape
 from dgpo_jax.metrics import WARM_START_COLUMNS, progress
 from dgpo_jax.rl.packing import Example, pack
@@ -25,7 +25,7 @@ from dgpo_jax.rl.update import LossSettings, Programs, make_programs, take_updat
 from dgpo_jax.session import open_writer, say
 from dgpo_jax.sharding import to_device, to_host
 from dgpo_jax.stopping import Stop, Stopping
-from dgpo_jax.types import TrainState
+from dgpo_jax.types import Problem, TrainState
 from dgpo_jax.workdir import WARM_START, settle
 
 SUPERVISED = LossSettings("reinforce", {}, temperature=1.0, logprob_chunk=512)
@@ -146,21 +146,46 @@ def check_skipped(config: Config, skipped: Skipped, folder: Path) -> None:
 
 
 def solved_problems(config: Config, parts: Parts) -> ProblemStream:
-    """What the warm start learns from: sft.data, or else the run's own problems; either way prompts that fit."""
+    """What the warm start learns from: sft.data, or else the run's own problems; either way prompts that fit.
+
+    Raises:
+        ValueError: a problem without a solution, or with one that does not fit the response slots: found only when it is drawn,
+            it would end the warm start in the middle, as often as that is started again.
+    """
     stream = _fitting_stream(config, parts) if config.sft.data else parts.stream
-    unsolved = next((problem for problem in stream.problems if not problem.solution), None)
-    if unsolved is not None:
-        raise ValueError(
-            f"problem {unsolved.id} has no solution to learn from; add the field 'solution', name other problems in"
-            " sft.data, or set sft.updates to 0."
-        )
+    check_solutions(config, parts, stream.problems)
     return stream
+
+
+def check_solutions(config: Config, parts: Parts, problems: Iterable[Problem]) -> None:
+    """Raises ValueError if a problem has no solution, or one of more than rollout.max_response tokens."""
+    limit, too_long = config.rollout.max_response, []
+    for problem in problems:  # once: some are made as they are asked for
+        if not problem.solution:
+            raise ValueError(
+                f"problem {problem.id} has no solution to learn from; add the field 'solution', name other problems in"
+                " sft.data, or set sft.updates to 0."
+            )
+        length = len(encode_solution(problem, parts.tokenizer, parts.template))
+        if length > limit:
+            too_long.append((problem.id, length))
+    if too_long:
+        longest = max(length for _, length in too_long)
+        raise ValueError(
+            f"{len(too_long)} solutions of the warm start have more than rollout.max_response {limit} tokens, such as that of problem"
+            f" {too_long[0][0]} with {too_long[0][1]}; raise it (the longest has {longest}), or leave them out (prepare.max_solution)."
+        )
 
 
 def _fitting_stream(config: Config, parts: Parts) -> ProblemStream:
     problems = load(config.data, config.sft.data, config.seed)
     limit, policy = config.rollout.max_prompt, config.data.too_long
-    return ProblemStream(fit(problems, parts.tokenizer, parts.template, limit, policy).problems, config.seed)
+    fitted = fit(problems, parts.tokenizer, parts.template, limit, policy)
+    if fitted.dropped:
+        say(f"warning: {fitted.dropped} of {len(problems)} problems of sft.data were dropped as longer than {limit} tokens")
+    if fitted.cut:
+        say(f"warning: {fitted.cut} of {len(problems)} problems of sft.data were cut to {limit} tokens")
+    return ProblemStream(fitted.problems, config.seed)
 
 
 def supervised_update(config: Config, parts: Parts, programs: Programs, stream: ProblemStream, state, update: int):

@@ -52,6 +52,7 @@ from dgpo_jax.restart import Progress, at_the_start, is_complete, restore, save
 from dgpo_jax.rewarding import make_rewards
 from dgpo_jax.rewards.checkers import Checkers
 from dgpo_jax.rl.update import Programs
+from dgpo_jax.rules import require
 from dgpo_jax.session import Stopwatch, memory_metrics, open_writer, run_command, say, watchdog
 from dgpo_jax.speed import speed_metrics, update_work
 from dgpo_jax.stopping import Stop, Stopping
@@ -279,6 +280,7 @@ def evaluation(run: Run, now: Progress, metrics: dict[str, Any], due: bool) -> d
         run.stopping.evaluation()
         with run.stopwatch("eval"):
             scores, rows = run.evaluate(run.decode_params(now.state.params))
+        check_best_by(run, now, metrics | scores)
         if rows:
             run.writer.write_eval(now.done, rows)
         times = run.stopwatch.take()
@@ -292,6 +294,30 @@ def best_score(config: Config, metrics: dict[str, Any]) -> float | None:
     """By which the best checkpoints are kept; None where nothing was evaluated."""
     default = f"eval/avg@{config.eval.samples}" if config.eval.samples else "eval/greedy"
     return metrics.get(config.checkpoint.best_by or default)
+
+
+def check_best_by(run: Run, now: Progress, metrics: dict[str, Any]) -> None:
+    """Refuses a checkpoint.best_by that an evaluation lacks: no best checkpoint would ever be kept.
+
+    A metric of iterations is looked for after the first one, and no more once a checkpoint has been kept for it.
+
+    Raises:
+        ValueError: with the names that there are.
+    """
+    settings = run.config.checkpoint
+    if not (settings.best_by and settings.keep_best):
+        return
+    best = run.checkpoints.best_score()
+
+    def on_first() -> None:
+        names = [name for name in metrics if name.startswith("eval/") and not name.endswith("_length")]
+        due = settings.best_by.startswith("eval/") or (now.done and best is None)
+        require(
+            not names or not due or settings.best_by in metrics, "checkpoint.best_by", settings.best_by,
+            "this run has no such metric", f"choose one of {', '.join(names)}",
+        )  # fmt: skip
+
+    hosts.from_first(on_first)
 
 
 def needs_saving(run: Run, now: Progress, saved: Progress, score: float | None) -> bool:

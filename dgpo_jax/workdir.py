@@ -22,15 +22,25 @@ from dgpo_jax import hosts
 from dgpo_jax.build import Parts, abstract_state
 from dgpo_jax.checkpoint import peek
 from dgpo_jax.checkpoint.storage import Storage, checkpoint_bytes, forecast, require_room
-from dgpo_jax.config import Config, fixed_settings, flatten, is_among, rounding_settings, to_json
+from dgpo_jax.config import (
+    ANY_CHANGE,
+    MODEL_FILES,
+    PROBLEMS,
+    Config,
+    fixed_settings,
+    flatten,
+    is_among,
+    rounding_settings,
+    to_json,
+)
 from dgpo_jax.data.problems import ProblemStream, fingerprint
-from dgpo_jax.files import alone_in, write_whole
+from dgpo_jax.files import alone_in, read_regular, write_whole
 from dgpo_jax.models.files import fingerprint_folder
 from dgpo_jax.session import say
 from dgpo_jax.types import Problem
 
-PROBLEMS = "problems"  # what checkpoint.accept_changes calls an edited data set
-MODEL_FILES = "model_files"  # and other files in the folder of model.path
+FOLDERS = ("rollouts", "eval", "nonfinite", "tensorboard")  # in a workdir, made when there is something to put there
+FILES = ("config.json", "problems.json", "metrics.jsonl", "curves.png")
 WARM_START = "sft"  # the set of problems that the warm start learns from, and the folder of its files
 # What the weights of a warm start depend on besides its problems, by setting or group. In all else the runs that share one, as those
 # of a comparison do, may differ.
@@ -116,6 +126,7 @@ def claim_workdir(config: Config, workdir: Path) -> None:
     Raises:
         ValueError: it cannot be written, or holds a run with other settings.
     """
+    refuse_misplaced(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         record = workdir / "config.json"
@@ -125,6 +136,18 @@ def claim_workdir(config: Config, workdir: Path) -> None:
             refuse_changes(config, flatten(read_record(record)), workdir)
     except OSError as error:
         raise ValueError(f"--workdir {workdir} cannot be written: {error.strerror}; choose another.") from None
+
+
+def refuse_misplaced(workdir: Path) -> None:
+    """Raises ValueError for a file where a run writes a folder, and the other way round: it would be found after hours."""
+    for name in FOLDERS:
+        path = workdir / name
+        if os.path.lexists(path) and not path.is_dir():
+            raise ValueError(f"{path} is not a folder, and a run has one there; move it away, or use another --workdir.")
+    for name in FILES:
+        path = workdir / name
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{path} is not a regular file, and a run has one there; move it away, or use another --workdir.")
 
 
 def write_config(config: Config, workdir: Path) -> None:
@@ -169,7 +192,9 @@ def read_record(path: Path) -> dict:
         ValueError: it is not one any more.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(read_regular(path))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}); put back what was there, or start in another --workdir.") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); put back what was there, or start in another --workdir.") from None
     if not isinstance(record, dict):
@@ -290,4 +315,4 @@ def refuse_model_files(config: Config, before: Mapping[str, dict], now: Mapping[
 def accepted(config: Config, name: str) -> bool:
     """Whether checkpoint.accept_changes names this setting, its group, or all."""
     allowed = {part.strip() for part in config.checkpoint.accept_changes.split(",")}
-    return bool(allowed & {name, name.split(".")[0], "all"})
+    return bool(allowed & {name, name.split(".")[0], ANY_CHANGE})

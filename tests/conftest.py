@@ -5,7 +5,10 @@ import functools
 import inspect
 import os
 import shutil
+import signal
 import tempfile
+
+import pytest
 
 # On a busy box a fake device may wait minutes for another at a collective; by default that aborts the process.
 FLAGS = (
@@ -43,3 +46,22 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *FLAGS]).st
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 share_compiled_programs()
 remember_sources_of_classes()
+
+
+@pytest.fixture
+def pipe():
+    """The function path -> path, which puts a named pipe there; a test that waits for its other end fails after ten seconds."""
+
+    def fail(*_):
+        raise AssertionError("it waits for the other end of a pipe")
+
+    def make(path):
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        return path
+
+    before = signal.signal(signal.SIGALRM, fail)
+    signal.alarm(10)
+    yield make
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -297,3 +297,42 @@ def test_a_warm_start_on_problems_without_solutions_is_refused(refuse, tmp_path)
 def test_a_warm_start_of_no_updates_is_refused(refuse):
     message = refuse(TINY, "--config.sft.updates=0", module=sft)
     assert "sft.updates is 0" in message and "give the number" in message
+
+
+@pytest.mark.parametrize("change, expected", [
+    ("kl=replace(config.kl, estimator='x')", ["kl.estimator is 'x'", "'k1', 'k2', 'k3'"]),
+    ("reward=replace(config.reward, truncated='maks')", ["reward.truncated is 'maks'", "did you mean 'mask'"]),
+    ("deterministic='no'", ["deterministic is 'no'", "give True or False"]),
+    ("data=replace(config.data, template=3)", ["data.template is 3", "write it in quotes"]),
+    ("checkpoint=replace(config.checkpoint, accept_changes='optimizr')", ["'optimizr'", "did you mean optimizer"]),
+])  # fmt: skip
+def test_a_config_file_with_a_wrong_word_or_kind_is_refused(change, expected, refuse, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        (ROOT / "tests/tiny_config.py").read_text()
+        + "\nfrom dataclasses import replace\nconfig = get_config()\n"
+        + f"def get_config():\n    return replace(config, {change})\n"
+    )
+    message = refuse(f"--config={tmp_path / 'mine.py'}")
+    assert "mine.py" in message
+    for text in expected:
+        assert text in message
+
+
+@pytest.mark.parametrize("error, expected", [
+    (IsADirectoryError(21, "Is a directory", "a/b"), "error: a/b: Is a directory; move it away, or use another --workdir.\n"),
+    (OSError(21, "Is a directory", "a.partial", None, "a"), "error: a: Is a directory; move it away, or use another --workdir.\n"),
+    (PermissionError(13, "Permission denied", "a"), "error: a: Permission denied; make it accessible, or use another --workdir.\n"),
+    (OSError("no more words"), "error: no more words\n"),
+    (MemoryError(), f"error: out of memory; lower {session.SMALLER}, or free some.\n"),
+    (MemoryError("Unable to allocate 1 EiB\nfor an array"), f"error: out of memory (Unable to allocate 1 EiB for an array); lower {session.SMALLER}, or free some.\n"),
+])  # fmt: skip
+def test_what_only_the_system_says_is_one_line_with_what_to_do(error, expected, monkeypatch, capfd, tmp_path):
+    def story(*_):
+        raise error
+
+    monkeypatch.setattr(session, "use_compilation_cache", lambda: None)
+    monkeypatch.delenv("DGPO_JAX_TRACEBACK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train", TINY, f"--workdir={tmp_path}"])
+    with pytest.raises(SystemExit) as stop:
+        session.run_command("dgpo_jax.train", "", story)
+    assert stop.value.code == 1 and capfd.readouterr().err == expected

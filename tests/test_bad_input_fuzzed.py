@@ -201,6 +201,32 @@ def test_numbers_that_no_setting_can_be():
     tally.close()
 
 
+class Unshowable:
+    """What cannot even be put into a message."""
+
+    def __repr__(self):
+        raise ZeroDivisionError("a\nb")
+
+
+# Values that a config file, which is Python, can give a setting; of every kind, so that each fits some of them.
+FROM_FILES = [
+    None, True, False, 0, 1, 3, -1, 2.5, 1.0, math.nan, 10**400, 10**5000, "", "x", "k2", "kl2", "3", "a\nb", "x" * 100_000, b"x", [], ["a.jsonl"],
+    (), {}, {"layers": 2}, {1}, Path("x"), np.float32(0.5), np.float64(0.5), np.int64(3), np.bool_(True), np.ones(3), 1j, len, int, Config(), ModelConfig(), Unshowable(),
+]  # fmt: skip
+
+
+def test_values_of_every_kind_in_config_files():
+    tally, base = Tally("values in config files"), load([TINY])
+    for name in [*KINDS, *(field.name for field in fields(base) if is_dataclass(getattr(base, field.name)))]:
+        for value in FROM_FILES:
+            config = tally.attempt(lambda name=name, value=value: with_setting(base, name, value), *name.split("."))
+            if config is not None:
+                usable(config)
+                fits = getattr(config, name) if "." not in name else getattr(getattr(config, name.split(".")[0]), name.split(".")[1])
+                assert fits is value and type(value) in (type(None), bool, int, float, str, np.float64, ModelConfig)
+    tally.close()
+
+
 def test_lists_of_benchmarks_and_templates_of_ones_own():
     tally = Tally("lists of benchmarks, templates")
     part = st.sampled_from(["aime24", "all", "gsm8k", "=", ",", "(", ")", " ", "\n", "mine", "x.jsonl", "held_out", "chat", "{problem}", "{system}", "{", "\ud83d"])

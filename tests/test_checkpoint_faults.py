@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import ctypes
 import json
+import math
 import os
 import resource
 import shutil
@@ -434,6 +435,13 @@ def test_evaluation_says_which_newer_checkpoints_it_passed_over(tmp_path, caplog
 # --- the best besides the newest ---
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "details.json"])
+def test_a_pipe_in_a_checkpoint_is_not_waited_for(tmp_path, name, pipe):
+    pipe(make_folder(tmp_path, 1) / name)
+    assert "cannot be read: [Errno 22] Not a regular file" in flaw_of(tmp_path / "iteration_000001")
+    assert peek(tmp_path) is None
+
+
 @pytest.mark.parametrize("keep, keep_best, scores, kept", [
     (1, 1, [0.5, 0.9, 0.1, 0.2], [2, 4]),
     (2, 1, [0.5, 0.9, 0.1, 0.2], [2, 3, 4]),
@@ -445,6 +453,8 @@ def test_evaluation_says_which_newer_checkpoints_it_passed_over(tmp_path, caplog
     (1, 1, [-3.0, -5.0, -4.0, None], [1, 4]),
     (1, 0, [0.9, 0.1, 0.1, 0.1], [4]),
     (1, 9, [0.9, 0.1, None, 0.1], [1, 2, 4]),  # fewer have a score than would be kept
+    (1, 1, [0.9, "1.0", 0.1, 0.1], [1, 4]),  # an edited one is none, and nothing else stops for it
+    (1, 1, [0.9, True, math.nan, math.inf], [1, 4]),
 ])  # fmt: skip
 def test_the_best_are_kept_besides_the_newest(tmp_path, keep, keep_best, scores, kept):
     paths = [make_folder(tmp_path, iteration, score) for iteration, score in enumerate(scores, start=1)]

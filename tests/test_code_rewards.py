@@ -12,10 +12,12 @@ import pytest
 
 from dgpo_jax.data import coding
 from dgpo_jax.data.coding import FORMS, NUMBERS, TEMPLATES, coding_problems, make_problem
-from dgpo_jax.rewards import code, sandbox
+from dgpo_jax.rewards import code, code_tests, sandbox
+from dgpo_jax.rewards.checkers import Checkers, CodeSettings, MathSettings
 from dgpo_jax.rewards.code import CodePool, find_program
 from dgpo_jax.rewards.code_tests import is_right, parse_tests, same_text, same_value
 from dgpo_jax.rewards.sandbox import probe
+from dgpo_jax.types import Problem
 
 
 def bubblewrap_works():
@@ -215,6 +217,39 @@ def test_comparing_the_longest_output_takes_little_time():
     assert time.process_time() - started < 3.0
 
 
+@pytest.mark.parametrize("printed, expected", [
+    (b"\n" * 4_000_000, "1"),
+    (b"1" + b"\n" * 4_000_000 + b"2", "1"),
+    (b"1 " * 2_000_000, "1 1"),
+    (b"\xff" * 4_000_000, "1"),
+])  # fmt: skip
+def test_what_a_program_prints_beside_the_point_costs_the_trainer_no_time(printed, expected):
+    tests = parse_tests(texts(("", expected)))
+    started = time.process_time()
+    assert not any(is_right(tests, 0, printed) for _ in range(5))
+    assert time.process_time() - started < 0.6  # 2 s were it all split into lines
+
+
+def test_a_report_that_is_much_longer_than_what_is_expected_is_not_read():
+    tests = parse_tests('{"fn_name": "f", "inputs": [[1]], "outputs": [7]}')
+    report = b"[" + b"[]," * 1_300_000 + b"[]]"
+    started = time.process_time()
+    assert not any(is_right(tests, 0, report) for _ in range(5))
+    assert time.process_time() - started < 0.5
+
+
+def test_a_value_that_is_spelt_at_greater_length_is_still_right():
+    # A float takes up to 23 characters where a digit is expected; these are more bytes than are read whatever they hold.
+    tests = parse_tests(json.dumps({"fn_name": "f", "inputs": [[1]], "outputs": [[0] * 9000]}))
+    output = json.dumps([-1.2345678901234567e-07] * 9000).encode()
+    assert len(output) > code_tests.SHORT_REPORT and is_right(tests, 0, output)
+
+
+@pytest.mark.parametrize("text", ["a  b\n\n", "\n a\tb", "a" + "\n" * 5000 + "b" + " " * 5000])
+def test_blanks_between_and_after_tokens_are_free_however_many(text):
+    assert same_text(text, "a b")
+
+
 # ---- verdicts
 
 
@@ -396,6 +431,17 @@ def test_malformed_tests_reach_whoever_submits_them(pool):
         pool.submit("nonsense", fenced("print(2)"))
 
 
+def test_a_problem_with_malformed_tests_is_warned_of_and_ends_no_run():
+    bad = Problem("bad", "Print 1.", "", "mine", checker="code", tests='{"inputs": ["1"], "outputs": []}')
+    good = bad._replace(id="good", tests=texts(("", "1")))
+    with Checkers(MathSettings(), CodeSettings(sandbox="rlimits", workers=1), {"code"}) as checkers:
+        assert checkers.check_golds([bad, good]) == {
+            "bad": "its tests: outputs is [], but there is a list with an entry per test case; give at least one."
+        }
+        verdicts = checkers.score([(bad, fenced("print(1)")), (good, fenced("print(1)"))])
+    assert [(verdict.status, verdict.score) for verdict in verdicts] == [("unparsable", 0.0), ("correct", 1.0)]
+
+
 def test_waiting_for_ever_is_timed_out_and_tried_again_if_asked_again():
     with CodePool(workers=1, sandbox="rlimits", test_s=0.2, wall_s=0.7) as pool:
         sleep = fenced("import threading\nthreading.Event().wait()")
@@ -403,6 +449,15 @@ def test_waiting_for_ever_is_timed_out_and_tried_again_if_asked_again():
         assert verdict[::2] == ("timed_out", 0.0)
         assert pool.submit(DOUBLES, sleep) is not pool.submit(DOUBLES, fenced("0"))
         assert len(pool._cache) == 2 and not pool._cache[DOUBLES, find_program(sleep)].done()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_short_waits_meet_the_clock_as_one_long_one_does(kind):
+    # Each test case ends before the pool would look up from reading.
+    with CodePool(workers=1, sandbox=kind, test_s=0.2, wall_s=0.7) as pool:
+        started = time.monotonic()
+        assert graded(pool, "import time\ntime.sleep(0.05)\nprint('x')", texts(*[("", "x")] * 100)) == ("timed_out", 0.0)
+        assert time.monotonic() - started < 4.0
 
 
 def test_a_sandbox_that_dies_is_tried_twice_and_then_crashed(monkeypatch, capsys):

@@ -21,6 +21,7 @@ from dgpo_jax.comparison import (
     make_table,
     mean_and_error,
     paired_differences,
+    read_result,
     series,
     summarise,
     to_csv,
@@ -577,3 +578,10 @@ def test_a_comparison_that_was_killed_leaves_no_child_and_goes_on(tmp_path, caps
     compare.compare(parse_plan(command[3:]))
     assert "[2/2] finished before" in capsys.readouterr().out
     assert [(run / "log.txt").read_bytes() for run in runs] == logs
+
+
+@pytest.mark.parametrize("line", ["{}", '{"iteration": "x"}', '{"iteration": 1, "time/clock": "x"}'])
+def test_a_line_of_metrics_that_no_run_wrote_is_refused_with_its_file(tmp_path, line):
+    (tmp_path / "metrics.jsonl").write_text(f"{line}\n")
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1 is .*, which no run has written; mend or delete"):
+        read_result("grpo", 0, tmp_path, finished=True)

@@ -6,6 +6,7 @@ import typing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dgpo_jax import build
@@ -264,6 +265,69 @@ def test_a_setting_that_breaks_its_rule_is_refused_with_value_and_fix(section, n
     together = name == "mesh" or setting in ("low", "high")
     assert message.startswith(several[name] if together else f"{name}.{setting} is {value!r}") and repr(value) in message
     assert expected in message and "\n" not in message
+
+
+@pytest.mark.parametrize("section, setting, value, expected", [
+    (ModelConfig, "dtype", "float16", "model.dtype is 'float16', but it is one of 'auto', 'float32', 'bfloat16'; did you mean 'bfloat16'"),
+    (KlConfig, "estimator", "x", "kl.estimator is 'x', but it is one of 'k1', 'k2', 'k3'; choose one of them"),
+    (LossConfig, "aggregation", 3, "'seq-mean-token-sum-norm' or None"),
+    (RolloutConfig, "prompts", 8.0, "rollout.prompts is 8.0, but it is a whole number; write it without a point"),
+    (RolloutConfig, "prompts", True, "rollout.prompts is True, but it is a whole number"),
+    (RolloutConfig, "prompts", "8", "rollout.prompts is '8'"),  # found before its own rule compares it with 0
+    (RolloutConfig, "int8_cache", 1, "rollout.int8_cache is 1, but it is yes or no; give True or False"),
+    (DataConfig, "train", Path("a.jsonl"), "data.train is PosixPath('a.jsonl'), but it is a text; write it in quotes"),
+    (DataConfig, "train", None, "data.train is None"),
+    (DataConfig, "low", 0.5, "data.low is 0.5, but it is a whole number or None"),
+    (OptimizerConfig, "learning_rate", np.float32(1e-3), "optimizer.learning_rate is np.float32(0.001), but it is a number of Python's own"),
+    (OptimizerConfig, "learning_rate", True, "optimizer.learning_rate is True"),
+    (LossConfig, "clip_low", "0.2", "loss.clip_low is '0.2', but it is a number of Python's own or None"),
+    (Config, "seed", np.int64(3), "seed is np.int64(3), but it is a whole number"),
+    (Config, "iterations", 2.5, "iterations is 2.5"),
+    (Config, "deterministic", "no", "deterministic is 'no', but it is yes or no"),
+    (Config, "model", {"layers": 2}, "model is {'layers': 2}, but it is a group of settings; give a ModelConfig"),
+    (Config, "name", ["x" * 1000], "..., but it is a text"),  # the message stays short
+])  # fmt: skip
+def test_a_value_of_another_kind_than_its_setting_is_refused_with_what_would_do(section, setting, value, expected):
+    with pytest.raises(ValueError) as refusal:
+        section(**{setting: value})
+    assert expected in str(refusal.value) and len(str(refusal.value)) < 500 and "\n" not in str(refusal.value)
+
+
+def test_a_whole_number_will_do_for_a_number_and_none_where_it_is_allowed():
+    assert OptimizerConfig(learning_rate=1).learning_rate == 1
+    assert LossConfig(clip_low=1, clip_high=None, aggregation=None).clip_low == 1
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rope_factor"])
+def test_the_base_of_wavelengths_is_positive(name):
+    with pytest.raises(ValueError, match=f"model.{name} is 0, but wavelengths are positive; give more than 0"):
+        ModelConfig(**{name: 0})
+
+
+@pytest.mark.parametrize("names", ["", "all", "problems, model_files", "optimizer", "optimizer.learning_rate,rollout , seed,"])
+def test_changes_are_accepted_by_setting_group_or_kind(names):
+    assert Config(checkpoint=CheckpointConfig(accept_changes=names))
+
+
+@pytest.mark.parametrize("names, expected", [
+    ("optimizr", "there is no setting 'optimizr'; did you mean optimizer"),
+    ("seed, optimizer.learning_rat", "there is no setting 'optimizer.learning_rat'; did you mean optimizer.learning_rate"),
+    ("model-files", "did you mean model_files"),
+    ("?", "name settings, groups such as optimizer, problems, model_files, or all"),
+])  # fmt: skip
+def test_a_change_of_what_is_no_setting_is_refused(names, expected):
+    with pytest.raises(ValueError, match=r"checkpoint\.accept_changes is") as refusal:
+        Config(checkpoint=CheckpointConfig(accept_changes=names))
+    assert expected in str(refusal.value)
+
+
+@pytest.mark.parametrize("ending", ["exit()", "raise SystemExit(0)", "exit('no')"])
+def test_a_config_file_that_ends_python_is_refused(tmp_path, capsys, ending):
+    (tmp_path / "ends.py").write_text(f"from sys import exit\ndef get_config():\n    {ending}\n")
+    with pytest.raises(SystemExit) as stop:
+        load([f"--config={tmp_path / 'ends.py'}"])
+    assert stop.value.code == 2
+    assert "ends.py: it ends Python (SystemExit: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("context, row, device, rows", [

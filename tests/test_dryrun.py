@@ -103,6 +103,20 @@ def test_without_libtpu_the_line_says_how_to_get_it(monkeypatch):
         find_devices("v5e:2x2")
 
 
+@pytest.mark.parametrize("programs", ["acumulate", "insert,acumulate", "insert,", ","])
+def test_a_program_that_there_is_not_is_refused_with_those_that_there_are(programs):
+    with pytest.raises(ValueError, match=r"--programs is .* no program's name begins with '(acumulate|)'; give beginnings of insert, accumulate\."):
+        dryrun.choose_programs(programs, ["insert", "accumulate", "accumulate"])
+    assert dryrun.choose_programs("accumulate, ins", ["insert", "accumulate"]) == ("accumulate", "ins")
+    assert dryrun.choose_programs("", ["insert"]) == ("",)
+
+
+@pytest.mark.parametrize("name, complaint", [("", "there is a folder of that name"), ("none/a.json", "no folder to write it to")])
+def test_figures_that_could_not_be_written_are_refused_before_anything_is_compiled(tmp_path, name, complaint):
+    with pytest.raises(ValueError, match=f"--json is .* {complaint}"):
+        dryrun.dryrun(base(), None, dryrun.Options(topology="cpu:1", json=str(tmp_path / name)))
+
+
 @pytest.mark.parametrize("arguments, expected", [
     (["--json"], ["--json=-"]),
     (["--json", "--topology=gpu"], ["--json=-", "--topology=gpu"]),

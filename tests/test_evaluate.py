@@ -277,7 +277,10 @@ def test_a_regrade_that_was_killed_and_repeated_lists_all_that_changed(copy, tmp
     assert contents(copy) == contents(whole)  # and no copy is left
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"asking": 1, "grading": {}, "sessions": []}'])
+@pytest.mark.parametrize("text", [
+    "", "{", "[]", "{}", '{"asking": 1, "grading": {}, "sessions": []}', '{"asking": {}, "grading": {}, "sessions": [1]}',
+    '{"asking": {}, "grading": {}, "sessions": [], "graded_before": 3}', pytest.param("[" * 200_000, id="deep"),
+])  # fmt: skip
 def test_a_damaged_protocol_is_named_with_a_way_on(copy, text):
     (copy / "protocol.json").write_text(text)
     with pytest.raises(ValueError, match=r"copy/protocol\.json is damaged .*another --workdir"):

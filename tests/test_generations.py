@@ -1,15 +1,18 @@
 """The file of judged responses, what they vote for, and how sets are answered batch by batch."""
 
 import json
+import math
 import threading
 from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from dgpo_jax.evaluation.estimators import NO_VOTE, RIGHT
-from dgpo_jax.evaluation.generations import Generations, count_done, read_generations, rewrite
+from dgpo_jax.evaluation.generations import Generations, count_done, read_generations, rewrite, to_row
 from dgpo_jax.evaluation.judging import Answered, Judged, count_votes, figures
 from dgpo_jax.evaluation.sampling import Round, answer_set, batch_of, generate_set
 from dgpo_jax.metrics import write_lines
@@ -112,6 +115,83 @@ def test_a_file_of_something_else_is_refused(tmp_path, spoil, complaint):
     with pytest.raises(ValueError, match=r"delete|workdir") as refusal:
         Generations(path, PROBLEMS, 2)
     assert complaint in str(refusal.value)
+
+
+def change_response(**changes):
+    return lambda row: row | {"responses": [row["responses"][0] | changes, *row["responses"][1:]]}
+
+
+@pytest.mark.parametrize("changes, complaint", [
+    ({"status": []}, "status is [], but it is one of correct, wrong"),
+    ({"status": "fine"}, "status is 'fine', but it is one of correct, wrong"),  # would count as wrong
+    ({"share": "x"}, "share is 'x', but it is a number from 0 to 1, or null"),
+    ({"share": 2}, "share is 2"),
+    ({"share": math.nan}, "share is nan"),
+    ({"share": True}, "share is True"),
+    ({"tokens": "x"}, "tokens is 'x', but it is a number of tokens"),
+    ({"tokens": -1}, "tokens is -1"),
+    ({"truncated": "x"}, "truncated is 'x', but it is true or false"),
+    ({"truncated": 1}, "truncated is 1"),
+    ({"vote": "1"}, "vote is '1', but it is an answer's number, or -1"),
+    ({"vote": 0.5}, "vote is 0.5"),
+    ({"text": 5}, "text is 5, but it is text"),
+    ({"extracted": ["7"]}, "extracted is ['7'], but it is text or null"),
+    ({"text": ["long"] * 1000}, "text is ['long', "),
+])  # fmt: skip
+def test_a_response_of_another_type_is_refused_with_file_line_and_value(tmp_path, changes, complaint):
+    path = write(tmp_path / "set.jsonl", DONE)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [rows[0], change_response(**changes)(rows[1]), rows[2]]))
+    with pytest.raises(ValueError, match=r"set.jsonl:2 is damaged .*; delete the file, or mend that line") as refusal:
+        read_generations(path, PROBLEMS)
+    assert complaint in str(refusal.value) and len(str(refusal.value)) < 300 + len(str(tmp_path))
+
+
+def test_json_that_is_deeper_than_the_reader_goes_is_damage_too(tmp_path):
+    path = tmp_path / "set.jsonl"
+    path.write_text("[" * 200_000 + "\n")
+    with pytest.raises(ValueError, match=r"set.jsonl:1 is damaged \(RecursionError"):
+        read_generations(path, PROBLEMS)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=5) | st.sampled_from(["wrong", "correct", 1, -1]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["text", "status", "x"]), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_whatever_is_in_a_line_it_is_refused_in_one_line_or_counted(tmp_path, data):
+    path = tmp_path / "set.jsonl"
+    row = to_row(DONE[0])
+    place = data.draw(st.sampled_from([*row, *(("responses", 0, name) for name in row["responses"][0]), ("responses", 0), ()]))
+    value = data.draw(VALUES)
+    spoilt = spoil(row, (place,) if isinstance(place, str) else place, value)
+    line = json.dumps(spoilt).encode()
+    if data.draw(st.booleans()):
+        cut = data.draw(st.integers(0, len(line)))
+        line = line[:cut] + data.draw(st.binary(max_size=3).filter(lambda piece: b"\n" not in piece)) + line[cut + 1 :]
+    path.write_bytes(line + b"\n")
+    try:
+        found = read_generations(path, PROBLEMS)
+    except ValueError as error:
+        assert "set.jsonl:1" in str(error) and len(str(error).splitlines()) == 1
+        return
+    if found[0].responses:
+        figures(found)
+    rewrite(path, found)
+    assert read_generations(path, PROBLEMS) == found
+
+
+def spoil(value, place, new):
+    """The value with `new` at a path of keys and indices."""
+    if not place:
+        return new
+    copy = value.copy()
+    copy[place[0]] = spoil(copy[place[0]], place[1:], new)
+    return copy
 
 
 def test_more_problems_than_the_set_has_are_refused(tmp_path):

@@ -166,6 +166,25 @@ def test_missing_and_broken_files_are_refused(folder, tmp_path):
         load_pretrained(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name, message", [
+    ("config.json", r"config.json: cannot be read \(Not a regular file\)"),
+    ("model.safetensors", "model.safetensors: not a complete safetensors file .*Not a regular file"),
+])  # fmt: skip
+def test_a_pipe_in_a_folder_is_not_waited_for(folder, name, message, pipe):
+    pipe(folder / name)
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["rope_theta", "rms_norm_eps", "initializer_range"])
+def test_a_number_that_float32_rounds_to_zero_is_refused(folder, name):
+    settings = json.loads((folder / "config.json").read_text())
+    settings.pop("rope_parameters", None)
+    (folder / "config.json").write_text(json.dumps(settings | {name: 1e-300}))
+    with pytest.raises(ValueError, match=f"{name}=1e-300; it must be a positive number that float32 holds"):
+        config_from_folder(folder)
+
+
 @pytest.mark.parametrize("content, message", [
     (b"[]", r"config.json: holds \[\] and no object"),
     (b"\xff\xfe", "config.json: not JSON"),

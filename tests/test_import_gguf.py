@@ -212,6 +212,21 @@ def test_a_file_that_would_be_imported_wrongly_is_refused(tmp_path, changes, mes
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("content, message", [
+    (b"GGUF", "m.gguf is damaged or cut off .IndexError"),
+    (b"GGUF\x03\0\0\0" + bytes(64), "lacks general.architecture, tokenizer.ggml.model"),  # a header of nothing
+])  # fmt: skip
+def test_a_file_that_is_cut_off_or_empty_is_refused(tmp_path, content, message):
+    (tmp_path / "m.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        import_gguf.convert(tmp_path / "m.gguf", tmp_path / "out")
+
+
+def test_metadata_without_sizes_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"lacks llama\.embedding_length, llama\.attention\.head_count,"):
+        import_gguf.build_config({"general.architecture": "llama"}, {}, "float32")
+
+
 def test_an_import_that_breaks_off_leaves_no_folder_that_loads(tmp_path, monkeypatch):
     def disk_full(*_, **__):
         raise OSError(28, "No space left on device")

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "dgpo_jax"
 # A folder is one entry, "" is the package itself. What is in no list is a story, such as train.py: the top floor, which
 # nobody imports.
 FLOORS = [
-    {"", "types", "config"},
+    {"", "types", "config", "rules"},
     {"sharding", "quantization", "manifest", "processes", "files", "flags", "hardware", "activity", "watchdog", "hosts", "stopping"},
     {"models", "checkpoint", "ahead", "metrics", "plots", "comparison", "comparison_plots"},
     {"rl", "rewards", "data"},
@@ -22,7 +22,7 @@ FLOORS = [
 STORIES = len(FLOORS)
 
 # Worker processes start in tens of milliseconds and hold no device: neither these nor what they import know of JAX.
-HOST = {"", "types", "config", "manifest", "files", "activity", "watchdog", "health", "rl.suspects", "flags", "hardware", "costs.hlo", "costs.hlo_costs", "costs.hlo_flops", "costs.hlo_kernels", "costs.hlo_memory", "metrics", "plots", "comparison", "comparison_plots", "processes", "rewards", "data", "rl.advantages", "rl.aggregation", "rl.desk", "rl.experience", "rl.kl", "rl.packing", "evaluation.estimators", "evaluation.judging", "evaluation.generations", "evaluation.report", "evaluation.differences"}
+HOST = {"", "types", "config", "rules", "manifest", "files", "activity", "watchdog", "health", "rl.suspects", "flags", "hardware", "costs.hlo", "costs.hlo_costs", "costs.hlo_flops", "costs.hlo_kernels", "costs.hlo_memory", "metrics", "plots", "comparison", "comparison_plots", "processes", "rewards", "data", "rl.advantages", "rl.aggregation", "rl.desk", "rl.experience", "rl.kl", "rl.packing", "evaluation.estimators", "evaluation.judging", "evaluation.generations", "evaluation.report", "evaluation.differences"}
 DEVICE_LIBRARIES = {"jax", "jaxlib", "flax", "optax", "orbax"}
 
 # rl/ is handed a model as functions, rewards as numbers; its formulas take arrays and numbers, never a config.

@@ -163,6 +163,34 @@ def test_workers_that_never_start_are_an_error_and_no_hang(monkeypatch, tmp_path
         pool.submit(*SLOW).result(timeout=30)
 
 
+def test_a_successor_that_dies_while_it_starts_is_crashed_and_the_pool_goes_on(monkeypatch):
+    start, calls = subprocess.Popen, []
+
+    def second_dies(*arguments, **options):
+        calls.append(start(*arguments, **options))
+        if len(calls) == 2:
+            calls[1].kill()
+        return calls[-1]
+
+    monkeypatch.setattr(workers_module.subprocess, "Popen", second_dies)
+    with VerifierPool(workers=1) as pool:
+        assert pool.wait_started(60)
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)  # as the kernel does when memory is short
+        assert pool.submit(*SLOW).result(timeout=30).status == "crashed"
+        assert pool.submit(*SLOW).result(timeout=30).correct
+    assert len(calls) == 3
+
+
+def test_workers_that_start_no_longer_are_an_error_and_not_all_crashed(monkeypatch):
+    with VerifierPool(workers=1) as pool:
+        assert pool.wait_started(60)
+        monkeypatch.setattr(pool._workers._feeders[0], "command", ["false"])
+        os.kill(pool.worker_pids()[0], signal.SIGKILL)
+        assert pool.submit(*SLOW).result(timeout=30).status == "crashed"  # one start failed, which may be chance
+        with pytest.raises(RuntimeError, match="a worker ended, or printed something else, before it was ready; to see why, run false"):
+            pool.submit(*SLOW).result(timeout=30)
+
+
 def test_a_trainer_may_have_more_than_a_thousand_open_files():
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
@@ -253,6 +281,13 @@ def test_ctrl_c_does_not_reach_the_workers(pool):
     for pid in pool.worker_pids():
         os.kill(pid, signal.SIGINT)
     assert pool.score([("z+1", r"\boxed{1+z}")])[0].correct
+
+
+def test_ctrl_c_in_the_terminal_does_not_reach_a_worker_that_is_still_starting():
+    with VerifierPool(workers=1) as pool:
+        assert wait_until(pool.worker_pids)
+        assert os.getpgid(pool.worker_pids()[0]) != os.getpgrp()  # the terminal signals the group of the trainer
+        assert pool.submit(*SLOW).result(timeout=30).correct
 
 
 def test_golds_that_cannot_match_themselves_are_reported(shared_pool):

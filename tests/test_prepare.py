@@ -108,6 +108,59 @@ def test_an_old_output_never_stands_beside_a_new_report(config, tmp_path, monkey
         prepare(config, None, Options(str(output)))
 
 
+def test_a_kill_loses_no_output_of_another_day(config, tmp_path, monkeypatch):
+    output, before = tmp_path / "out.jsonl", tmp_path / "out.jsonl.before"
+    output.write_text("of another day")
+    monkeypatch.setattr(story, "write_report", lambda *_: {}["killed"])
+    for _ in range(2):  # killed again, there is no output to set aside
+        with pytest.raises(KeyError, match="killed"):
+            prepare(config, None, Options(str(output)))
+        assert before.read_text() == "of another day" and not output.exists()
+    monkeypatch.undo()
+    prepare(config, None, Options(str(output)))
+    assert [problem.id for problem in load_problems(str(output))] == ["good", "also"] and not before.exists()
+
+    none = replace(config, rollout=replace(config.rollout, max_prompt=1))
+    with pytest.raises(ValueError, match=r"no problem is left .* What was there is .*out\.jsonl\.before now"):
+        prepare(none, None, Options(str(output)))
+    assert [problem.id for problem in load_problems(str(tmp_path / "train.jsonl"))] and before.exists()
+
+
+@pytest.mark.parametrize("source, output", [
+    ("", "train.jsonl"),  # a folder, whose train split this is
+    (":train", "train.jsonl"),
+    ("/out.dropped.jsonl", "out.jsonl"),  # the list of what is dropped would be written over it, and then the source be empty
+    ("/out.report.json", "out.jsonl"),
+    ("/link.jsonl", "train.jsonl"),
+    ("/out.jsonl.before", "out.jsonl"),
+    ("/out.samples/generations/train.jsonl", "out.jsonl"),  # responses would be appended
+])  # fmt: skip
+def test_no_file_that_is_read_is_written_over(config, tmp_path, source, output):
+    folder = tmp_path / "set"
+    (folder / "out.samples/generations").mkdir(parents=True)
+    path = f"{folder}{source}"
+    read = folder / ("train.jsonl" if source in ("", ":train") else source.removeprefix("/"))
+    if source == "/link.jsonl":
+        read.symlink_to("train.jsonl")
+        read = folder / "train.jsonl"
+    if source.endswith(".before"):  # has no ending of a source, but a link may
+        read.with_name("odd.jsonl").symlink_to(read.name)
+        path = f"{folder}/odd.jsonl"
+    write(read, ROWS)
+    content = read.read_bytes()
+    for other in (path, f"generated:arithmetic/train + {path}"):
+        with pytest.raises(ValueError, match="is what is read"):
+            prepare(replace(config, data=replace(config.data, train=other)), None, Options(str(folder / output)))
+    assert read.read_bytes() == content
+    with pytest.raises(ValueError, match="is what is read"):
+        prepare(replace(config, prepare=PrepareConfig(against=f"mine={path}")), None, Options(str(folder / output)))
+
+
+def test_a_workdir_that_a_source_merely_lies_in_is_no_harm(config, tmp_path):
+    prepare(config, tmp_path, Options(str(tmp_path / "out.jsonl")))
+    assert (tmp_path / "out.jsonl").exists()
+
+
 def test_a_preparation_without_benchmarks_says_so(config, tmp_path, capsys):
     for against, said in ((config.prepare.against, False), ("", True)):
         prepare(replace(config, prepare=PrepareConfig(against=against)), None, Options(str(tmp_path / "out.jsonl")))
@@ -132,10 +185,12 @@ def test_what_to_type_next_is_a_command_that_reads_the_output(config, tmp_path, 
     ({}, "", "give --output=prepared.jsonl"),  # it was forgotten
     ({}, "train.jsonl", "is what is read"),  # would destroy the source
     ({}, "bench.jsonl", "is what is read"),  # or the benchmark
+    ({}, "folder.jsonl", "is a folder, but problems are written to a file"),
     ({"pass_above": 0.5}, "out.jsonl", "eval.samples is 0"),  # a rate of no responses
 ])  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_is_read(config, tmp_path, monkeypatch, change, output, message):
     config = replace(config, prepare=replace(config.prepare, **change), eval=replace(config.eval, samples=0))
+    (tmp_path / "folder.jsonl").mkdir()
     monkeypatch.setattr(story, "load", lambda *_: pytest.fail("something was read"))
     with pytest.raises(ValueError, match=message):
         prepare(config, None, Options(str(tmp_path / output) if output else ""))

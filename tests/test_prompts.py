@@ -175,6 +175,14 @@ def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
         load_tokenizer(tmp_path)
 
 
+def test_a_model_without_its_tokenizer_files_is_refused_and_not_trained_on_empty_prompts(tmp_path):
+    # Of the name in config.json alone transformers 5 makes a Qwen2Tokenizer of one token, to which every text is [].
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+    with pytest.raises(ValueError, match=r"It has no tokenizer\.json and no tokenizer_config\.json\..*'1 \+ 2' has no tokens") as error:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("file, content, message", [
     ("tokenizer_config.json", "3", "cannot be loaded"),  # transformers: AttributeError
     ("tokenizer_config.json", '{"model_max_length": "many"}', "cannot be loaded"),  # loads; TypeError at the first text
@@ -412,6 +420,13 @@ def test_long_prompts_are_dropped_and_counted_or_refused(words):
         fit(problems, words, template, 2, "drop")
     with pytest.raises(ValueError, match="'shorten' is not 'error', 'drop' or 'cut'"):
         fit(problems, words, template, 50, "shorten")
+
+
+@pytest.mark.parametrize("policy", ["error", "drop", "cut"])
+def test_a_prompt_without_a_token_is_refused_by_its_id(make_folder, policy):
+    tokenizer = make_folder("{% if messages[0]['content'] != '' %}{% endif %}")
+    with pytest.raises(ValueError, match=r"problem .*: its prompt has no tokens, .*; correct the chat template of the tokenizer .*, or name another data\.template"):
+        fit([SUM], tokenizer, Template(), 50, policy)
 
 
 STORY = Problem("story", "Tom has 12 apples. He buys 345 more. How many apples?", "357", "test")

@@ -216,6 +216,8 @@ def test_a_dual_clip_inside_the_published_region_is_refused():
 
 
 def test_a_method_that_is_none_is_refused_with_those_there_are():
-    config = replace(Config(), loss=LossConfig(method="ppo"))  # the command line would not let it pass
+    loss = LossConfig()
+    object.__setattr__(loss, "method", "ppo")  # neither the command line nor LossConfig would let it pass
+    config = replace(Config(), loss=loss)
     with pytest.raises(ValueError, match=r"loss\.method is 'ppo', .* choose one of dgpo, gppo"):
         resolve(config)

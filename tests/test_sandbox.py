@@ -194,7 +194,7 @@ def test_bubblewrap_hides_all_files_but_pythons_and_the_systems_libraries(path, 
 
 
 @needs_bubblewrap
-@pytest.mark.parametrize("path", ["x", "/x", "/tmp/x", "/work/x", "/dev/x", "/usr/x", f"{sys.prefix}/x", f"{sys.base_prefix}/lib/x"])
+@pytest.mark.parametrize("path", ["x", "/x", "/tmp/x", "/box/x", "/dev/x", "/usr/x", f"{sys.prefix}/x", f"{sys.base_prefix}/lib/x"])
 def test_nothing_is_writable_in_bubblewrap(path):
     program = f"try:\n    open({path!r}, 'w')\n    print('written')\nexcept OSError:\n    print('refused')"
     assert run("bubblewrap", program) == [(OUTPUT, b"refused\n")]

@@ -36,6 +36,39 @@ def test_a_prompt_that_is_too_long_is_dropped_from_the_warm_start_too(tmp_path, 
     assert {problem.id for problem in stream.take(0, 6)} == {"short"}
 
 
+@pytest.mark.parametrize("too_long, complaint", [
+    ("drop", "warning: 1 of 2 problems of sft.data were dropped as longer than 32 tokens"),
+    ("cut", "warning: 1 of 2 problems of sft.data were cut to 32 tokens"),
+])  # fmt: skip
+def test_what_is_left_out_of_the_warm_starts_own_problems_is_said(tmp_path, capsys, too_long, complaint):
+    config = with_problems(tmp_path, {"short": ("1+1", "2"), "long": ("1+1 " * 40, "2")})
+    config = replace(config, data=replace(config.data, too_long=too_long), rollout=replace(config.rollout, max_prompt=32))
+    solved_problems(config, build_parts(config))
+    assert complaint in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("own", [False, True])  # True: named in sft.data
+def test_solutions_that_do_not_fit_are_refused_before_the_warm_start_and_not_in_the_middle_of_it(tmp_path, own):
+    # Digits are a token each, and the stop token is one more.
+    config = with_problems(tmp_path, {"fits": ("1+1", "1" * 7), "over": ("2+2", "1" * 8), "far": ("3+3", "1" * 30)}, own)
+    config = replace(config, rollout=replace(config.rollout, max_response=8))
+    with pytest.raises(ValueError, match=(
+        r"^2 solutions of the warm start have more than rollout\.max_response 8 tokens, such as that of problem over with 9; raise it"
+        r" \(the longest has 31\), or leave them out \(prepare\.max_solution\)\.$"
+    )):  # fmt: skip
+        solved_problems(config, build_parts(config))
+
+
+def with_problems(folder, texts, own=True):
+    """The tiny run with a warm start from these {id: (problem, solution)}."""
+    file = folder / "problems.jsonl"
+    rows = [{"id": name, "problem": text, "answer": "2", "solution": solution} for name, (text, solution) in texts.items()]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    config = get_config()
+    source = {"sft": replace(config.sft, data=str(file))} if own else {"data": replace(config.data, train=str(file))}
+    return replace(config, mesh=replace(config.mesh, data=jax.device_count()), **source)
+
+
 def test_the_loss_is_the_mean_over_all_solution_tokens_of_the_minibatch():
     config = get_config()
     config = replace(config, update=replace(config.update, tokens_per_device=64))

@@ -11,6 +11,7 @@ from tiny_config import get_config
 
 from dgpo_jax import train, workdir
 from dgpo_jax.recipe import resolve
+from dgpo_jax.session import Stopwatch
 from dgpo_jax.types import Problem
 
 CONFIG = resolve(get_config())
@@ -50,7 +51,7 @@ def test_a_changed_setting_is_accepted_by_its_name_its_group_or_all(names):
     assert workdir.check_record(changed, record, workdir.run_record(changed, SETS), "there") == ""
 
 
-@pytest.mark.parametrize("names", ["", "optimizer.learning_rat", "rollout", "problems"])
+@pytest.mark.parametrize("names", ["", "optimizer.beta1", "rollout", "problems"])
 def test_other_names_accept_nothing(names):
     changed = with_rate(2e-3, names)
     with pytest.raises(ValueError, match=r"optimizer\.learning_rate was 0\.001 and is 0\.002"):
@@ -171,3 +172,57 @@ def test_what_a_run_is_about_is_written_down_at_once_only_where_nothing_was_comp
     assert written() == before  # it may still fail
     workdir.settle(changed, tmp_path, record)
     assert written()[0] == 3e-3 and written()[1] != before[1]
+
+
+@pytest.mark.parametrize("name", ["rollouts", "eval", "nonfinite", "tensorboard"])
+def test_a_file_where_a_run_has_a_folder_is_refused_at_the_start(tmp_path, name):
+    (tmp_path / name).write_text("")
+    with pytest.raises(ValueError, match=f"{name} is not a folder, and a run has one there; move it away, or use another --workdir"):
+        workdir.claim_workdir(CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["config.json", "problems.json", "metrics.jsonl", "curves.png"])
+def test_a_folder_or_a_pipe_where_a_run_has_a_file_is_refused_at_the_start(tmp_path, name, pipe):
+    for make in (pipe, lambda path: path.mkdir()):
+        path = tmp_path / make.__name__ / name
+        path.parent.mkdir()
+        make(path)
+        with pytest.raises(ValueError, match=f"{name} is not a regular file, and a run has one there; move it away"):
+            workdir.claim_workdir(CONFIG, path.parent)
+
+
+def test_a_lock_that_is_a_pipe_is_not_waited_for(tmp_path, pipe):
+    pipe(tmp_path / "lock")
+    with ExitStack() as stack, pytest.raises(ValueError, match="cannot be written: Not a regular file; choose another"):
+        workdir.claim(stack, CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize("best_by, done, best, refused", [
+    ("", 0, None, False),
+    ("eval/greedy", 0, None, False),
+    ("eval/gredy", 0, None, True),
+    ("eval/gredy", 4, 0.5, True),  # of a run that went on with it
+    ("reward/mean", 0, None, False),  # there is none before the first iteration
+    ("reward/mean", 1, None, False),
+    ("reward/men", 1, None, True),
+    ("optim/now_and_then", 9, 0.5, False),  # it was there, or nothing would have been kept
+])  # fmt: skip
+def test_a_best_by_that_no_evaluation_has_is_refused_with_those_that_there_are(best_by, done, best, refused):
+    config = replace(CONFIG, checkpoint=replace(CONFIG.checkpoint, best_by=best_by))
+    scores, metrics = {"eval/greedy": 0.5, "eval/greedy_length": 9.0, "eval/avg@2": 0.25}, {"reward/mean": 0.1} if done else {}
+    written = []
+    run = SimpleNamespace(
+        config=config, checkpoints=SimpleNamespace(best_score=lambda: best), stopping=SimpleNamespace(evaluation=lambda: None),
+        stopwatch=Stopwatch(show=lambda part: None), evaluate=lambda _: (scores, []), decode_params=lambda params: params,
+        writer=SimpleNamespace(write=lambda *line: written.append(line)),
+    )  # fmt: skip
+
+    def evaluate():
+        train.evaluation(run, SimpleNamespace(done=done, state=SimpleNamespace(params={})), metrics, due=True)
+
+    if refused:
+        with pytest.raises(ValueError, match=rf"checkpoint.best_by is '{best_by}', .* choose one of eval/greedy, eval/avg@2\."):
+            evaluate()
+    else:
+        evaluate()
+    assert len(written) == (not refused)

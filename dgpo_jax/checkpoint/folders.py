@@ -6,6 +6,7 @@
 import errno
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dgpo_jax.files import read_regular
 from dgpo_jax.manifest import MANIFEST, find_flaw
 
 log = logging.getLogger(__name__)
@@ -75,15 +77,17 @@ def flaw_of(path: Path, read_only: tuple[str, ...] | None = None) -> str | None:
 
 def read_details(path: Path) -> dict:
     """What `details.json` of the folder holds."""
-    return json.loads((path / DETAILS).read_text())
+    return json.loads(read_regular(path / DETAILS))
 
 
 def read_score(path: Path) -> float | None:
-    """The score that it was saved with; None without one, or with details that nobody can read."""
+    """The score that it was saved with, a finite number; None without one, or with details that nobody can read."""
     try:
-        return read_details(path)["score"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError, RecursionError):
+        score = read_details(path)["score"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None
+    is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+    return score if is_number and -math.inf < score < math.inf else None  # an edited one must not end every save after it
 
 
 def finished_by_iteration(directory: Path) -> dict[int, Entry]:

@@ -18,6 +18,8 @@ FORMS = (
     " file, a Hugging Face dataset FOLDER, FOLDER:SPLIT or FOLDER:CONFIG/SPLIT, or several of these joined by ' + '"
 )
 
+MADE = ("generated", "builtin", "gym", "tfds")  # what stands before the colon of a source that is no path
+
 
 def load_problems(
     source: str,
@@ -96,15 +98,7 @@ def _make(source, scheme, name, split, size, seed, numbers):
 
 def read_path(source: str, problem_field: str = "problem", answer_field: str = "answer") -> list[Problem]:
     """Reads a file, or one split of a Hugging Face dataset folder."""
-    path, folder, split = Path(source), *source.rpartition(":")[::2]
-    if path.is_dir():
-        name, files = find_files(path)
-    elif folder and Path(folder).is_dir():
-        name, files = find_files(folder, split)
-    elif path.suffix in SUFFIXES:
-        name, files = path.stem, [path]
-    else:
-        raise ValueError(f"source {source!r} is not {FORMS}.")
+    name, files = _resolve(source)
     problems, places, number = [], {}, 0
     for file in files:
         before = number  # so that the numbers in ids go on from file to file
@@ -120,6 +114,32 @@ def read_path(source: str, problem_field: str = "problem", answer_field: str = "
     if not problems:
         raise ValueError(f"{source}: it holds no problem; write one JSON object a line, or name another split.")
     return problems
+
+
+def _resolve(source):
+    """(what to call it, its files) of a file or of one split of a folder."""
+    path, folder, split = Path(source), *source.rpartition(":")[::2]
+    if path.is_dir():
+        return find_files(path)
+    if folder and Path(folder).is_dir():
+        return find_files(folder, split)
+    if path.suffix in SUFFIXES:
+        return path.stem, [path]
+    raise ValueError(f"source {source!r} is not {FORMS}.")
+
+
+def source_files(source: str) -> list[Path]:
+    """The files that the user gave which `load_problems` would read; none of what is made, nor of TFDS.
+
+    Raises:
+        ValueError: a path that is no source, or a folder that does not say which of its files are meant.
+    """
+    parts = (part.strip() for part in source.split(" + "))
+    paths = [part for part in parts if part and part.partition(":")[0] not in MADE]
+    try:
+        return [file for path in paths for file in _resolve(path)[1]]
+    except OSError as error:
+        raise ValueError(f"source {shorten(source)} cannot be read ({error.strerror}); name another file or folder.") from None
 
 
 class JoinedProblems(LazyProblems):

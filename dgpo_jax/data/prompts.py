@@ -156,13 +156,14 @@ def fit(problems: Sequence[Problem], tokenizer, template: Template, max_prompt: 
         policy: what is done with a prompt of more than max_prompt tokens: "error" refuses the first one, "drop" leaves such
             problems out, "cut" leaves out the beginning of their text, see `cut_problem`.
     Raises:
-        ValueError: too long under "error", nothing left under "drop", no room under "cut", or another policy.
+        ValueError: too long under "error", nothing left under "drop", no room under "cut", another policy, or a prompt of no token.
     """
     if policy not in ("error", "drop", "cut"):
         raise ValueError(f"policy for long prompts {policy!r} is not 'error', 'drop' or 'cut'; choose one.")
     kept, cut = [], 0
     for problem in problems:
         ids = template.encode(problem.problem, tokenizer)
+        _check_not_empty(problem, ids, tokenizer)
         if policy == "error":
             _check_length(problem, ids, max_prompt)
         if len(ids) <= max_prompt:
@@ -227,10 +228,9 @@ def encode_examples(problems, tokenizer, template: Template, max_prompt: int, ma
     for problem in problems:
         if not problem.solution:
             raise ValueError(f"problem {problem.id} has no solution to train on; add the field or use another source.")
-        prompt_text = template.render(problem.problem, tokenizer)
         prompt = template.encode(problem.problem, tokenizer)
         _check_length(problem, prompt, max_prompt)
-        response = [*tokenizer.encode(_continue(prompt_text, problem.solution)), tokenizer.turn_end]
+        response = encode_solution(problem, tokenizer, template)
         if len(response) > max_response:
             raise ValueError(
                 f"problem {problem.id}: its solution has {len(response)} tokens, more than max_response"
@@ -238,6 +238,12 @@ def encode_examples(problems, tokenizer, template: Template, max_prompt: int, ma
             )
         examples.append((prompt, response))
     return examples
+
+
+def encode_solution(problem: Problem, tokenizer, template: Template) -> list[int]:
+    """The ids of a problem's worked solution as a response to its prompt, the stop token included."""
+    prompt_text = template.render(problem.problem, tokenizer)
+    return [*tokenizer.encode(_continue(prompt_text, problem.solution)), tokenizer.turn_end]
 
 
 def _continue(prompt_text, solution):
@@ -256,6 +262,14 @@ def _continue(prompt_text, solution):
     if end.endswith(THINK_END) and start.startswith(THINK):
         return start.partition(THINK_END)[2].lstrip()
     return solution
+
+
+def _check_not_empty(problem, ids, tokenizer):
+    if not ids:
+        raise ValueError(
+            f"problem {problem.id}: its prompt has no tokens, so there is nothing to answer; correct the chat template of the"
+            f" tokenizer {tokenizer.name}, or name another data.template."
+        )
 
 
 def _check_length(problem, ids, max_prompt):

@@ -126,14 +126,20 @@ def load_tokenizer(path: str) -> Tokenizer:
         _try_out(inner)
     except Exception as error:  # files of others, read by three libraries: anything can come out of them
         wanted = "tokenizer.json and tokenizer_config.json" if is_folder else "a folder, or a name on a hub within reach"
-        raise ValueError(f"tokenizer {path!r} cannot be loaded; it must be/have {wanted}. ({_one_line(error)})") from error
+        missing = [name for name in ("tokenizer.json", "tokenizer_config.json") if is_folder and not (Path(path) / name).is_file()]
+        lacks = f" It has no {' and no '.join(missing)}." if missing else ""
+        raise ValueError(f"tokenizer {path!r} cannot be loaded; it must be/have {wanted}.{lacks} ({_one_line(error)})") from error
     return Tokenizer(inner, path, _read_generation_stops(path) if is_folder else _fetch_generation_stops(path))
 
 
 def _try_out(inner):
-    """Settings of a wrong type are taken in silence and fail at the first text."""
+    """Settings of a wrong type are taken in silence and fail at the first text; of files that are missing transformers makes a
+    tokenizer without a vocabulary, to which every text is empty.
+    """
     special = [inner.pad_token_id, inner.eos_token_id]
     inner.decode([*inner.encode("1 + 2", add_special_tokens=True), *(token for token in special if token is not None)])
+    if not inner.encode("1 + 2", add_special_tokens=False):
+        raise ValueError("to it '1 + 2' has no tokens")
 
 
 def _one_line(error):

@@ -15,9 +15,22 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from dgpo_jax.evaluation.estimators import NO_VOTE
 from dgpo_jax.evaluation.judging import Answered, Judged
 from dgpo_jax.metrics import encode_line, write_lines
-from dgpo_jax.types import Problem, Verdict
+from dgpo_jax.types import STATUSES, Problem, Verdict
+
+_NUMBER = (int, float)
+# What a response must be; a bool is no number here.
+FIELDS = {
+    "text": ("text", lambda value: isinstance(value, str)),
+    "extracted": ("text or null", lambda value: value is None or isinstance(value, str)),
+    "status": (f"one of {', '.join(STATUSES)}", lambda value: isinstance(value, str) and value in STATUSES),
+    "share": ("a number from 0 to 1, or null", lambda value: value is None or (_is(value, _NUMBER) and 0 <= value <= 1)),
+    "vote": (f"an answer's number, or {NO_VOTE}", lambda value: _is(value, int) and value >= NO_VOTE),
+    "tokens": ("a number of tokens", lambda value: _is(value, int) and value >= 0),
+    "truncated": ("true or false", lambda value: isinstance(value, bool)),
+}
 
 
 class Generations:
@@ -90,7 +103,7 @@ def _read_line(where: str, line: bytes, problem: Problem) -> Answered:
         row = json.loads(line)
         asked = (row["problem_id"], row["problem"], row["answer"])
         responses = [_from_row(response) for response in row["responses"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{where} is damaged ({type(error).__name__}: {error}); delete the file, or mend that line."
         ) from None
@@ -101,7 +114,15 @@ def _read_line(where: str, line: bytes, problem: Problem) -> Answered:
     return Answered(problem, responses)
 
 
+def _is(value: object, kind: type | tuple[type, ...]) -> bool:
+    """isinstance, but that no bool is an int."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def _from_row(row: dict) -> Judged:
+    for name, (rule, fits) in FIELDS.items():
+        if not fits(row[name]):
+            raise ValueError(f"{name} is {repr(row[name])[:60]}, but it is {rule}")
     verdict = Verdict(row["status"], row["extracted"], row["share"])
     return Judged(row["text"], verdict, row["vote"], row["tokens"], row["truncated"])
 

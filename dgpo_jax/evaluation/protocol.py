@@ -121,7 +121,7 @@ def compare_with_run(config: Config, actor: Actor, checkpoint: Path) -> None:
         of_run = json.loads(record.read_text())
         model, data = of_run["model"], of_run["data"]
         sizes, fix = sizes_of_run(model), "use the settings of the run"
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{record} is no config of a run ({type(error).__name__}: {error}); mend it, or move it away."
         ) from None
@@ -317,15 +317,25 @@ def read_protocol(workdir: Path) -> dict:
     path = workdir / PROTOCOL
     try:
         protocol = json.loads(path.read_text())
-        for name, kind in (("asking", dict), ("grading", dict), ("sessions", list)):
-            if not isinstance(protocol[name], kind):
-                raise TypeError(f"{name!r} is no {kind.__name__}")
-    except (ValueError, KeyError, TypeError) as error:
+        for name in ("asking", "grading"):
+            _require_object(name, protocol[name])
+        if "graded_before" in protocol:
+            _require_object("graded_before", protocol["graded_before"])
+        if not isinstance(protocol["sessions"], list):
+            raise TypeError(f"sessions is {repr(protocol['sessions'])[:60]}, but it is a list")
+        for number, session in enumerate(protocol["sessions"]):
+            _require_object(f"sessions[{number}]", session)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}); put back a copy of it, or use another --workdir:"
             " nothing else says what the responses there belong to."
         ) from None
     return protocol
+
+
+def _require_object(name: str, value: object) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} is {repr(value)[:60]}, but it is an object")
 
 
 def write_protocol(workdir: Path, protocol: dict) -> None:

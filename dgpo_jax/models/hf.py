@@ -9,6 +9,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from dgpo_jax import activity
+from dgpo_jax.files import require_regular
 from dgpo_jax.models.files import PATTERNS
 from dgpo_jax.models.hf_config import config_from_folder, read_object
 from dgpo_jax.models.parameters import nest, table
@@ -75,6 +76,7 @@ def _open_tensors(folder, stack):
     tensors = {}
     for file in _weight_files(folder):
         try:
+            require_regular(folder / file)  # safe_open would wait for a pipe
             opened = stack.enter_context(safe_open(folder / file, framework="np"))
         except FileNotFoundError:
             raise ValueError(f"{folder}: {file} is missing; download the model again.") from None

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 from dgpo_jax.config import ModelConfig
+from dgpo_jax.files import read_regular
+from dgpo_jax.rules import SMALLEST
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen3ForCausalLM", "LlamaForCausalLM")
 
@@ -78,7 +80,7 @@ def read_object(path):
         ValueError: the file is missing, cannot be read, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_regular(path))
     except FileNotFoundError:
         raise ValueError(f"{path}: missing; give the folder of a Hugging Face model.") from None
     except OSError as error:
@@ -125,11 +127,11 @@ def _is_whole(value):
 
 
 def _number(path, settings, name, default):
-    """A positive number; the key may lie in any object, `name` is what it is called there."""
+    """A positive number, in 32 bits too; the key may lie in any object, `name` is what it is called there."""
     value = settings.get(name)
     value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < LARGEST_NUMBER:
-        raise ValueError(f"{path}: {name}={_shown(value)}; it must be a positive number, download the file again.")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not SMALLEST < value < LARGEST_NUMBER:
+        raise ValueError(f"{path}: {name}={_shown(value)}; it must be a positive number that float32 holds, download the file again.")
     return float(value)
 
 

@@ -188,18 +188,21 @@ def written_whole(output: Path, size: int) -> Iterator[Path]:
     Args:
         size: bytes that will be written, small files apart.
     Raises:
-        ValueError: the disk is or becomes full, the place cannot be written, or another export is at work there.
+        ValueError: the disk is or becomes full, the place cannot be written, another export is at work there, or there is a
+            folder of that name that no export made.
     """
     partial = output.with_name(f"{output.name}.partial")
     try:
+        refuse_foreign(partial)
         partial.mkdir(parents=True, exist_ok=True)
         with alone_in(partial):
             empty(partial)  # of an export that was killed
             try:
                 require_room(output, size)
                 yield partial
-                (partial / "lock").unlink()
-                make_durable(*partial.iterdir(), partial)
+                make_durable(*partial.iterdir())
+                (partial / "lock").unlink()  # last: without it nobody would know for an export's what a kill leaves here
+                make_durable(partial)
                 os.rename(partial, output)  # an empty folder of that name gives way
             except BaseException:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -207,6 +210,14 @@ def written_whole(output: Path, size: int) -> Iterator[Path]:
         make_durable(output.parent)
     except OSError as error:
         raise ValueError(f"--output {output} was not written: {error}; make room, or choose another place.") from None
+
+
+def refuse_foreign(partial: Path) -> None:
+    """Raises ValueError if the folder has files in it that no export left there: those of an export have its lock beside them."""
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / "lock").is_file():
+        raise ValueError(
+            f"{partial} has files in it that no export made, and would be emptied; move it away, or give another --output."
+        )
 
 
 def empty(folder: Path) -> None:
@@ -229,5 +240,5 @@ def require_room(output: Path, size: int) -> None:
 
 
 def write_json(path: Path, settings: dict) -> None:
-    """UTF-8, keys in the order of the dict."""
-    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """UTF-8, keys in the order of the dict; ValueError for NaN and infinities, which JSON has not."""
+    path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")

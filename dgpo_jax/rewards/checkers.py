@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from dgpo_jax import activity
 from dgpo_jax.rewards.code_tests import parse_tests
-from dgpo_jax.rewards.pool import VerifierPool
+from dgpo_jax.rewards.pool import VerifierPool, settled
 from dgpo_jax.types import CHECKERS, Problem, Verdict
 
 LOOK_S = 0.5  # how often whoever waits for verdicts may do something else
@@ -64,10 +64,17 @@ class Checkers:
         self.close()
 
     def submit(self, problem: Problem, response: str) -> Future:
-        """Starts judging one response; returns a ticket, a Future whose result() is the Verdict."""
+        """Starts judging one response; returns a ticket, a Future whose result() is the Verdict.
+
+        Where a problem's tests are malformed every response is "unparsable": `check_golds` has warned of it, and one problem of
+        thousands does not end a run in the middle.
+        """
         if problem.checker == "math":
             return self._pools["math"].submit(problem.answer, response, problem.tolerance)
-        return self._pools[problem.checker].submit(problem.tests, response)
+        try:
+            return self._pools[problem.checker].submit(problem.tests, response)
+        except ValueError:
+            return settled(Verdict("unparsable", None, 0.0))
 
     def gather(self, tickets: Sequence[Future], between: Callable[[], object] = lambda: None) -> list[Verdict]:
         """Waits for tickets; returns their Verdicts in the same order.

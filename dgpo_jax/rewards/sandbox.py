@@ -27,7 +27,7 @@ from dgpo_jax.rewards.syscall_filter import filter_bytes
 KINDS = ("bubblewrap", "rlimits")
 OUTPUT_CAP = 4 * 2**20  # bytes that one test case may write
 THREADS_CAP = 64  # of one response; RLIMIT_AS alone would let a program have thousands of small ones
-WATCH_S = 0.1  # between two counts of threads
+WATCH_S = 0.1  # at least, between two counts of threads, which cost some system calls each
 PROBE_S = 60.0
 _REAP_S = 10.0
 _RUNNER = Path(__file__).with_name("code_runner.py")
@@ -75,6 +75,7 @@ class Run:
 
     def __init__(self, kind, job, limits):
         self._end = time.monotonic() + limits.wall_s
+        self._next_count = 0.0  # of threads, on the same clock
         self._inputs = len(job["inputs"])
         boxed = kind == "bubblewrap"
         self._folder = None if boxed else tempfile.mkdtemp(prefix="dgpo_jax_code_")
@@ -138,8 +139,9 @@ class Run:
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
             while len(received) < length:
-                if not selector.select(WATCH_S):
-                    self._watch()
+                ready = selector.select(WATCH_S)
+                self._watch()  # also where there is something to read: a program can see to it that there always is
+                if not ready:
                     continue
                 chunk = os.read(self.process.stdout.fileno(), min(length - len(received), 1 << 20))
                 if not chunk:
@@ -148,10 +150,13 @@ class Run:
         return bytes(received)
 
     def _watch(self):
-        if time.monotonic() > self._end:
+        now = time.monotonic()
+        if now > self._end:
             raise LateError
-        if count_threads(self.process.pid) > THREADS_CAP:  # the kernel's own limit spares root
-            raise TooManyThreadsError
+        if now >= self._next_count:
+            self._next_count = now + WATCH_S
+            if count_threads(self.process.pid) > THREADS_CAP:  # the kernel's own limit spares root
+                raise TooManyThreadsError
 
     def _last_words(self):
         self._errors.seek(0)
@@ -171,7 +176,7 @@ def make_command(kind):
     if any(_PACKAGE.is_relative_to(path) for path in bound):  # installed: it holds solutions of the built-in problems
         options += ["--tmpfs", str(_PACKAGE), "--remount-ro", str(_PACKAGE)]
     # The root is a tmpfs of bubblewrap's own. With it read-only nothing is writable, so no file can eat memory.
-    options += ["--dir", "/work", "--remount-ro", "/", "--chdir", "/work"]
+    options += ["--dir", "/box", "--remount-ro", "/", "--chdir", "/box"]
     identity = ["--unshare-all", "--unshare-user", "--uid", "65534", "--gid", "65534", "--cap-drop", "ALL"]
     # As process 1 of its namespace the runner cannot be killed from inside, and all others end with it.
     return [shutil.which("bwrap") or "bwrap", *identity, "--die-with-parent", "--as-pid-1", *options, "--", *python]

@@ -28,6 +28,7 @@ from dgpo_jax.processes import die_with
 START_DEADLINE_S = 120.0  # for a worker to say "ready", libraries from a cold disk included; not counted against any request
 READY, LATE, DIED = "ready", "timed_out", "crashed"  # the last two are replies that `submit` makes up
 REPLY_CAP = 2**16  # bytes; a worker that goes on without a line end is replaced, before it fills the memory of the trainer
+FAILED_STARTS = 3  # of a worker in a row, after which something is wrong with this machine and not with a request
 _CLOSE_JOIN_S = 10.0
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
@@ -72,7 +73,7 @@ class Workers:
         Args:
             request: anything JSON can hold.
             read: makes the ticket's result of the reply, of LATE where none came in time, or of DIED where the worker
-                died of it twice.
+                died of it twice, or of starting.
         Returns:
             A Future that cannot be cancelled, since several callers may share it.
         Raises:
@@ -121,6 +122,12 @@ def _closed_error():
     return RuntimeError("workers: closed before this answer was checked.")
 
 
+def _why_not_ready(error):
+    if isinstance(error, OSError):
+        return f"could not be started ({error.strerror})"
+    return f"was not ready after {START_DEADLINE_S:.0f} s" if isinstance(error, _LateError) else "ended, or printed something else, before it was ready"
+
+
 class _WorkerDiedError(Exception):
     """The worker process ended, or spoke out of turn, while it owed a line."""
 
@@ -142,6 +149,7 @@ class _Feeder(threading.Thread):
         self.deadline_s = deadline_s
         self.is_reply = is_reply
         self.process = None
+        self.failed_starts = 0  # since a process was ready
         self.asked = 0  # requests so far, also the number of the newest
         self.stopping = False
         self.started = threading.Event()  # set once the first process is ready, or failed to start
@@ -149,7 +157,7 @@ class _Feeder(threading.Thread):
 
     def run(self):
         try:
-            with contextlib.suppress(RuntimeError, OSError):  # met, and reported, again with the first request
+            with contextlib.suppress(RuntimeError, _WorkerDiedError):  # met, and reported, again with the first request
                 self._ensure_process()
             self.started.set()
             while (item := self.work.get()) is not None:
@@ -169,12 +177,18 @@ class _Feeder(threading.Thread):
                 self.process.kill()
 
     def _ask(self, request):
-        """A reply, LATE or DIED. A worker that dies gets one successor: its death may have had nothing to do with the request."""
+        """A reply, LATE or DIED. A worker that dies gets one successor: its death may have had nothing to do with the request.
+
+        One that dies while it starts counts as dead too: what the machine kills now and then does not end a run.
+
+        Raises:
+            RuntimeError: FAILED_STARTS workers in a row did not start, or the workers are closed.
+        """
         for _ in range(2):
-            self._ensure_process()
-            end = time.monotonic() + self.deadline_s
-            self.asked += 1
             try:
+                self._ensure_process()
+                end = time.monotonic() + self.deadline_s
+                self.asked += 1
                 self._write(b"[%d, %b]\n" % (self.asked, request), end)
                 _, reply = self._read_line(end, self._is_due)
                 return reply
@@ -183,14 +197,29 @@ class _Feeder(threading.Thread):
                 return LATE
             except (_WorkerDiedError, BrokenPipeError):
                 self._discard()
+        if self.stopping:  # which killed it
+            raise _closed_error()
         return DIED
 
     def _is_due(self, said):
         return isinstance(said, list) and len(said) == 2 and said[0] == self.asked and self.is_reply(said[1])
 
     def _ensure_process(self):
+        """Starts a process if there is none. Raises _WorkerDiedError if it does not start, RuntimeError as `_ask` does."""
         if self.process is not None:
             return
+        try:
+            self._start()
+            self._read_line(time.monotonic() + START_DEADLINE_S, READY.__eq__)
+        except (_LateError, _WorkerDiedError, OSError) as error:
+            self._discard()
+            self.failed_starts += 1
+            if self.failed_starts >= FAILED_STARTS:
+                raise RuntimeError(f"a worker {_why_not_ready(error)}; to see why, run {' '.join(self.command)}") from error
+            raise _WorkerDiedError from error
+        self.failed_starts = 0
+
+    def _start(self):
         paths = [_PACKAGE_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]
         # Without gmpy2, Python's own big integers are slower but the same everywhere, and can be interrupted.
         fixed = {"PYTHONHASHSEED": "0", "MPMATH_NOGMPY": "1", "SYMPY_GROUND_TYPES": "python"}
@@ -198,15 +227,10 @@ class _Feeder(threading.Thread):
         with self.lock:
             if self.stopping:
                 raise _closed_error()
+            # In a group of its own Ctrl-C does not reach it, not even before `restrict` has it ignored.
             self.process = subprocess.Popen(
-                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
+                self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0, process_group=0
             )
-        try:
-            self._read_line(time.monotonic() + START_DEADLINE_S, READY.__eq__)
-        except (_LateError, _WorkerDiedError) as error:
-            self._discard()
-            how = f"was not ready after {START_DEADLINE_S:.0f} s" if isinstance(error, _LateError) else "ended, or printed something else, before it was ready"
-            raise RuntimeError(f"a worker {how}; to see why, run {' '.join(self.command)}") from error
 
     def _write(self, request, end):
         """Sends a request, which may be more than a pipe holds. Raises _LateError, or BrokenPipeError if the worker is dead."""

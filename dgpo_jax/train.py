@@ -14,7 +14,6 @@ that was not. A line of metrics is written before the checkpoint of its iteratio
 that a signal during an evaluation caused holds what there is of its line.)
 """
 
-import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -42,8 +41,9 @@ from dgpo_jax.config import Config
 from dgpo_jax.data.problems import ProblemStream
 from dgpo_jax.evaluation.in_training import make_evaluation
 from dgpo_jax.health import Health
+from dgpo_jax.keeping import best_score, check_best_by, check_skipped, needs_saving, report_skipped
 from dgpo_jax.learning import StoppedAmid, compute_advantages, learn, score_waiting
-from dgpo_jax.metrics import MetricsWriter, NoMetrics, progress, read_metrics, write_lines
+from dgpo_jax.metrics import MetricsWriter, NoMetrics, progress, read_metrics
 from dgpo_jax.plan import print_plan
 from dgpo_jax.plots import plot_curves
 from dgpo_jax.profiling import profiled
@@ -52,7 +52,6 @@ from dgpo_jax.restart import Progress, at_the_start, is_complete, restore, save
 from dgpo_jax.rewarding import make_rewards
 from dgpo_jax.rewards.checkers import Checkers
 from dgpo_jax.rl.update import Programs
-from dgpo_jax.rules import require
 from dgpo_jax.session import Stopwatch, memory_metrics, open_writer, run_command, say, watchdog
 from dgpo_jax.speed import speed_metrics, update_work
 from dgpo_jax.stopping import Stop, Stopping
@@ -177,7 +176,7 @@ def iterate(run: Run, now: Progress, compiling: float) -> None:
                     now = now._replace(backlog=now.backlog._replace(waiting=waiting))
                     state, learned = learn(
                         config, parts, programs, now.state, experience, advantages, iteration, run.reference, now.skipped, results,
-                        report=lambda rows, iteration=iteration: report_skipped(run, iteration, rows), between=run.stopping.update,
+                        report=lambda rows, iteration=iteration: report_skipped(run.workdir, iteration, rows), between=run.stopping.update,
                     )  # fmt: skip
 
             metrics = collected | learned | update_work(config, parts, experience, advantages)
@@ -192,9 +191,9 @@ def iterate(run: Run, now: Progress, compiling: float) -> None:
             now = now._replace(unwritten=None)
 
             # Act 5, checkpoint: from here the run can go on after a kill.
-            check_skipped(run, now.skipped)
+            check_skipped(config.optimizer.max_skipped, now.skipped, run.workdir)
             score = best_score(config, metrics)
-            if needs_saving(run, now, saved, score):
+            if needs_saving(config, run.checkpoints, now, saved, score):
                 save(run.checkpoints, now, run.record, score)
                 saved = now
             run.advance()
@@ -280,7 +279,7 @@ def evaluation(run: Run, now: Progress, metrics: dict[str, Any], due: bool) -> d
         run.stopping.evaluation()
         with run.stopwatch("eval"):
             scores, rows = run.evaluate(run.decode_params(now.state.params))
-        check_best_by(run, now, metrics | scores)
+        check_best_by(run.config.checkpoint, run.checkpoints, now.done, metrics | scores)
         if rows:
             run.writer.write_eval(now.done, rows)
         times = run.stopwatch.take()
@@ -288,79 +287,6 @@ def evaluation(run: Run, now: Progress, metrics: dict[str, Any], due: bool) -> d
         metrics = metrics | scores | times
     run.writer.write(now.done, metrics)
     return metrics
-
-
-def best_score(config: Config, metrics: dict[str, Any]) -> float | None:
-    """By which the best checkpoints are kept; None where nothing was evaluated."""
-    default = f"eval/avg@{config.eval.samples}" if config.eval.samples else "eval/greedy"
-    return metrics.get(config.checkpoint.best_by or default)
-
-
-def check_best_by(run: Run, now: Progress, metrics: dict[str, Any]) -> None:
-    """Refuses a checkpoint.best_by that an evaluation lacks: no best checkpoint would ever be kept.
-
-    A metric of iterations is looked for after the first one, and no more once a checkpoint has been kept for it.
-
-    Raises:
-        ValueError: with the names that there are.
-    """
-    settings = run.config.checkpoint
-    if not (settings.best_by and settings.keep_best):
-        return
-    best = run.checkpoints.best_score()
-
-    def on_first() -> None:
-        names = [name for name in metrics if name.startswith("eval/") and not name.endswith("_length")]
-        due = settings.best_by.startswith("eval/") or (now.done and best is None)
-        require(
-            not names or not due or settings.best_by in metrics, "checkpoint.best_by", settings.best_by,
-            "this run has no such metric", f"choose one of {', '.join(names)}",
-        )  # fmt: skip
-
-    hosts.from_first(on_first)
-
-
-def needs_saving(run: Run, now: Progress, saved: Progress, score: float | None) -> bool:
-    """Whether a checkpoint is due, or the last one came to nothing, or this one would be the best.
-
-    Not while updates are being skipped: these change nothing, and weights that have gone wrong must not displace good ones.
-    """
-    every = run.config.checkpoint.every
-    if now.done == run.config.iterations:
-        return True
-    if now.skipped:
-        return False
-    if now.done % every == 0 or now.done - saved.done >= every:
-        return True
-    if any(hosts.gather(run.checkpoints.failure is not None)):
-        return True
-    best = run.checkpoints.best_score() if score is not None and run.config.checkpoint.keep_best else math.inf
-    return hosts.from_first(lambda: best is None or (score is not None and score > best))
-
-
-def report_skipped(run: Run, iteration: int, rows: list[dict]) -> None:
-    """Writes down what was in the updates that were skipped, so that somebody can look at it."""
-    path = run.workdir / "nonfinite" / f"iteration_{iteration:06d}.jsonl"
-    say(f"warning: updates of iteration {iteration} were skipped, for something in them was not finite; their sequences are in {path}")
-    if hosts.is_first():
-        earlier = read_metrics(path) if path.exists() else []  # from before a stop amid the iteration's updates
-        write_lines(path, [row for row in earlier if row["update"] < rows[0]["update"]] + rows)
-
-
-def check_skipped(run: Run, skipped: int) -> None:
-    """Ends the run when too many updates in a row were skipped; the newest checkpoint is from before them.
-
-    Raises:
-        ValueError: with what happened.
-    """
-    if skipped >= run.config.optimizer.max_skipped:
-        rows = run.workdir / "nonfinite"
-        look = f"Look at {rows}, or lower" if rows.exists() else "Lower"  # a sampler that overflows gives no sequence to look at
-        raise ValueError(
-            f"{skipped} updates in a row had a gradient, a loss or a log-probability that is not finite, and optimizer.max_skipped is"
-            f" {run.config.optimizer.max_skipped}; the newest checkpoint is from before them. {look}"
-            " optimizer.learning_rate and give checkpoint.accept_changes=optimizer.learning_rate."
-        )
 
 
 def save_early(run: Run, now: Progress, saved: Progress) -> None:

@@ -6,7 +6,6 @@ tests/test_update.py has one device too, and other meshes: there, what decides t
 import itertools
 import json
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -14,9 +13,10 @@ import pytest
 from compilations import compilations
 from tiny_config import get_config
 
-from dgpo_jax import build, train
+from dgpo_jax import build
 from dgpo_jax.config import MeshConfig
 from dgpo_jax.data.prompts import encode_prompts
+from dgpo_jax.keeping import report_skipped
 from dgpo_jax.learning import StoppedAmid, learn
 from dgpo_jax.metrics import write_lines
 from dgpo_jax.recipe import resolve
@@ -182,10 +182,9 @@ def test_a_stop_after_a_skipped_update_reports_it_and_the_rest_of_the_iteration_
 
 
 def test_what_a_stop_amid_updates_has_left_of_the_reports_stays(tmp_path):
-    run = SimpleNamespace(workdir=tmp_path)
     path = tmp_path / "nonfinite" / "iteration_000012.jsonl"
     for rows in ([{"update": 1}, {"update": 2}], [{"update": 3}], [{"update": 3}, {"update": 4}]):  # the third after a kill
-        train.report_skipped(run, ITERATION, rows)
+        report_skipped(tmp_path, ITERATION, rows)
     assert [json.loads(line)["update"] for line in path.read_text().splitlines()] == [1, 2, 3, 4]
 
 

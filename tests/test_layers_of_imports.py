@@ -16,7 +16,7 @@ FLOORS = [
     {"sharding", "quantization", "manifest", "processes", "files", "flags", "hardware", "activity", "watchdog", "hosts", "stopping"},
     {"models", "checkpoint", "ahead", "metrics", "plots", "comparison", "comparison_plots"},
     {"rl", "rewards", "data"},
-    {"recipe", "build", "rollout", "rewarding", "supervised", "learning", "collecting", "restart", "plan", "session", "methods", "comparison_plan", "compiling", "profiling", "speed", "memory", "workdir", "health"},
+    {"recipe", "build", "rollout", "rewarding", "supervised", "learning", "collecting", "restart", "plan", "session", "methods", "comparison_plan", "compiling", "profiling", "speed", "memory", "workdir", "health", "keeping"},
     {"evaluation", "preparation", "costs"},
 ]
 STORIES = len(FLOORS)

@@ -2,16 +2,16 @@
 
 import functools
 from dataclasses import replace
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from tiny_config import get_config
 
-from dgpo_jax import build, train
+from dgpo_jax import build
 from dgpo_jax.config import CorrectionConfig, KlConfig
 from dgpo_jax.data.prompts import encode_prompts
+from dgpo_jax.keeping import check_skipped
 from dgpo_jax.learning import (
     complete_minibatches,
     compute_advantages,
@@ -535,12 +535,10 @@ def test_responses_drawn_from_no_numbers_count_as_skipped_updates(parts, program
 
 
 def test_a_run_stops_when_too_many_updates_in_a_row_were_skipped(tmp_path):
-    config = get_config()
-    most = config.optimizer.max_skipped
-    run = SimpleNamespace(config=config, workdir=tmp_path)
-    train.check_skipped(run, most - 1)
+    most = get_config().optimizer.max_skipped
+    check_skipped(most, most - 1, tmp_path)
     with pytest.raises(ValueError, match=rf"{most} updates in a row .* not finite.* Lower optimizer.learning_rate"):
-        train.check_skipped(run, most)
+        check_skipped(most, most, tmp_path)
     (tmp_path / "nonfinite").mkdir()
     with pytest.raises(ValueError, match=rf"Look at {tmp_path}/nonfinite, or lower"):
-        train.check_skipped(run, most)
+        check_skipped(most, most, tmp_path)

@@ -154,7 +154,7 @@ def test_auto_is_the_kernel_of_the_platform(implementation, platform, context, c
 @pytest.mark.parametrize("name, message", [
     ("splash", "'splash' is a kernel for tpu and the devices are cpu; use auto"),
     ("triton", "'triton' is a kernel for gpu and the devices are cpu; use auto"),
-    ("flash", "'flash' is unknown; choose one of auto, plain, chunked, splash, triton"),
+    ("flash", "model.attention is 'flash', but it is one of 'auto', 'plain', 'chunked', 'splash', 'triton'"),
 ])
 def test_a_model_refuses_attention_that_its_devices_cannot_run(name, message):
     with pytest.raises(ValueError, match=message):

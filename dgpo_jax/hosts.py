@@ -147,18 +147,20 @@ def _all_gather(value: Any) -> list[Any]:
 
 
 def from_first(function: Callable[[], Any]) -> Any:
-    """Has process 0 alone call the function; all return what it returned, or raise the ValueError or OSError that it raised."""
+    """Has process 0 alone call the function; all return what it returned. If it raised, it raises that, and the others RefusedElsewhereError."""
     if count() == 1:
         return function()
-    result, error = None, None
+    result, raised = None, None
     if is_first():
         try:
             result = function()
-        except (ValueError, OSError) as raised:
-            error = str(raised)
-    result, error = gather((result, error))[0]
-    if error is not None:
-        raise ValueError(error) if is_first() else RefusedElsewhereError(error)
+        except Exception as error:  # whatever it is, the others must not wait for an answer
+            raised = error
+    result, failed = gather((result, raised and (str(raised) or type(raised).__name__)))[0]
+    if raised is not None:
+        raise raised
+    if failed is not None:
+        raise RefusedElsewhereError(failed)
     return result
 
 

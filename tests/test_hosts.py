@@ -360,3 +360,28 @@ def test_where_jax_has_moved_its_messages_each_process_tells_of_its_error(monkey
     monkeypatch.delattr(distributed, "global_state")
     assert hosts.says_it(ValueError("the same on all"))
     assert not hosts.says_it(hosts.RefusedElsewhereError("what process 0 has said"))
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), FileNotFoundError(2, "No such file or directory", "x"), KeyError(), None])
+def test_whatever_process_0_raises_the_others_are_told_and_it_raises_that(error, monkeypatch):
+    told = []
+
+    def function():
+        if error is not None:
+            raise error
+        return 5
+
+    def ask(process):
+        monkeypatch.setattr(hosts, "count", lambda: 2)
+        monkeypatch.setattr(hosts, "is_first", lambda: process == 0)
+        monkeypatch.setattr(hosts, "gather", lambda value: [value] if process == 0 and not told.append(value) else told)
+        return hosts.from_first(function)
+
+    if error is None:
+        assert ask(0) == ask(1) == 5
+        return
+    with pytest.raises(type(error)) as raised:
+        ask(0)
+    assert raised.value is error
+    with pytest.raises(hosts.RefusedElsewhereError):
+        ask(1)

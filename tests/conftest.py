@@ -48,13 +48,6 @@ share_compiled_programs()
 remember_sources_of_classes()
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_cmdline_main(config):
-    """Of several pytest workers each gets whole files, in their order: what tests of a file share takes longer than they do."""
-    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
-        config.option.dist, config.option.loadscopereorder = "loadfile", False
-
-
 @pytest.fixture
 def pipe():
     """The function path -> path, which puts a named pipe there; a test that waits for its other end fails after ten seconds."""

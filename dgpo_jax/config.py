@@ -17,7 +17,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -604,6 +604,14 @@ def fixed_settings(config: Config) -> dict:
     return {name: value for name, value in flatten(config).items() if not is_among(name, MAY_CHANGE)}
 
 
+def changed_settings(config: Config, before: Mapping[str, Any]) -> list[str]:
+    """Which of these, by dotted name, a run was started with other values of.
+
+    A setting that did not exist then is no change; its default does what was done before it.
+    """
+    return [name for name, value in fixed_settings(config).items() if name in before and before[name] != value]
+
+
 def rounding_settings(config: Config) -> dict:
     """The settings that may change and change results to rounding, by dotted name."""
     return {name: value for name, value in flatten(config).items() if is_among(name, CHANGES_ROUNDING)}
@@ -725,6 +733,6 @@ def to_json(config: Config) -> str:
 
 __all__ = [
     "CheckpointConfig", "CodeConfig", "Config", "CorrectionConfig", "DataConfig", "EvalConfig", "GuardConfig", "HostsConfig", "KlConfig", "LossConfig", "MeshConfig", "ModelConfig", "NoOptions",
-    "OptimizerConfig", "PrepareConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "default_workdir",
+    "OptimizerConfig", "PrepareConfig", "RewardConfig", "RolloutConfig", "SftConfig", "UpdateConfig", "changed_settings", "default_workdir",
     "fixed_settings", "flatten", "is_among", "load", "parse_command", "rounding_settings", "to_json",
 ]  # fmt: skip

@@ -14,7 +14,7 @@ from dgpo_jax import activity
 from dgpo_jax.build import Parts, abstract_state
 from dgpo_jax.checkpoint import Checkpoints
 from dgpo_jax.collecting import Backlog, Collected, nothing_drawn
-from dgpo_jax.config import Config, fixed_settings
+from dgpo_jax.config import Config, changed_settings
 from dgpo_jax.rl.experience import from_arrays, group_count, group_size, to_arrays
 from dgpo_jax.rl.update import StepFigures, Totals
 from dgpo_jax.session import say
@@ -110,7 +110,7 @@ def usable(config: Config, waiting: Experience) -> Experience:
 
 def refuse_changes_amid(config: Config, before: Mapping[str, Any], iteration: int) -> None:
     """Raises ValueError if updates of an iteration would go on under other settings, even if the change is accepted."""
-    changed = [name for name, value in fixed_settings(config).items() if name in before and before[name] != value]
+    changed = changed_settings(config, before)
     if changed:
         raise ValueError(
             f"the newest checkpoint is amid the updates of iteration {iteration}, which began with other settings ({', '.join(changed)});"

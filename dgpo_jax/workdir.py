@@ -27,6 +27,7 @@ from dgpo_jax.config import (
     MODEL_FILES,
     PROBLEMS,
     Config,
+    changed_settings,
     fixed_settings,
     flatten,
     is_among,
@@ -268,20 +269,14 @@ def check_record(config: Config, record: Mapping[str, Any], ours: Mapping[str, A
 
 
 def refuse_changes(config: Config, before: Mapping[str, Any], where: Path) -> None:
-    """Raises ValueError if a run was started with other settings than these, by dotted name.
-
-    A setting that did not exist then is no change; its default does what was done before it.
-    """
-    changed = [
-        f"{name} was {before[name]!r} and is {value!r}"
-        for name, value in fixed_settings(config).items()
-        if name in before and before[name] != value and not accepted(config, name)
-    ]
-    if changed:
-        names = ",".join(change.split(" ", 1)[0] for change in changed)
+    """Raises ValueError if a run was started with other settings than these, by dotted name."""
+    names = [name for name in changed_settings(config, before) if not accepted(config, name)]
+    if names:
+        now = fixed_settings(config)
+        changes = "; ".join(f"{name} was {before[name]!r} and is {now[name]!r}" for name in names)
         raise ValueError(
-            f"{where} holds a run with other settings: {'; '.join(changed)}. Use another --workdir, or the settings it was"
-            f" started with, or, to change them on purpose, --config.checkpoint.accept_changes={names}"
+            f"{where} holds a run with other settings: {changes}. Use another --workdir, or the settings it was"
+            f" started with, or, to change them on purpose, --config.checkpoint.accept_changes={','.join(names)}"
         )
 
 
